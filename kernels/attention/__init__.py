@@ -1,0 +1,5 @@
+"""Scaled dot-product attention."""
+
+from .api import attention
+
+__all__ = ["attention"]

@@ -1,0 +1,1 @@
+"""What the kernel families share: backend choice, argument checks, dropout, launch configurations."""

@@ -1,0 +1,118 @@
+"""Which implementation runs a call: Triton kernels or eager PyTorch. The only place that decides."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "eager")
+KERNEL_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+# Triton reads TRITON_INTERPRET when a kernel is decorated, so a later change could not take effect.
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+_forced = "auto"
+_last: str | None = None
+
+
+@functools.cache
+def triton_available() -> bool:
+    """True where the ``triton`` package can be imported (Linux; not macOS or Windows)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _warn_no_triton() -> None:
+    warnings.warn(
+        "fusenc: Triton is not installed, so GPU tensors run on eager PyTorch (same results, slower)",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def use_triton(x: Tensor) -> bool:
+    """True if a call on `x` runs the Triton kernels, False if it runs eager PyTorch.
+
+    Triton serves CUDA and ROCm tensors of float32, float16 and bfloat16, and with
+    ``TRITON_INTERPRET=1`` tensors on the CPU too. float64 and every other device are eager.
+    """
+    global _last
+    triton = False
+    if _forced != "eager" and (x.is_cuda or _INTERPRET or _forced == "triton"):
+        triton = _kernels_can_run(x)
+    _last = "eager" if not triton else "interpreter" if _INTERPRET else "triton"
+    return triton
+
+
+def note_eager() -> None:
+    """Record that a call ran eager for a reason of its own, so that `last_backend` tells the truth."""
+    global _last
+    _last = "eager"
+
+
+def _kernels_can_run(x: Tensor) -> bool:
+    if _forced == "triton":
+        if not (x.is_cuda or _INTERPRET):
+            raise RuntimeError(
+                "backend 'triton' is forced, but it needs a CUDA or ROCm tensor (or TRITON_INTERPRET=1), "
+                f"got one on {x.device}"
+            )
+        if x.dtype not in KERNEL_DTYPES:
+            raise TypeError(f"backend 'triton' is forced, but its kernels do not take {x.dtype}")
+        return True
+    if x.dtype not in KERNEL_DTYPES:
+        return False
+    if not triton_available():
+        _warn_no_triton()
+        return False
+    return True
+
+
+def get_backend() -> str:
+    """The backend in force: ``"auto"``, ``"triton"`` or ``"eager"``."""
+    return _forced
+
+
+def last_backend() -> str | None:
+    """What ran the last call: ``"triton"``, ``"interpreter"`` (Triton's own), ``"eager"``, or None."""
+    return _last
+
+
+def set_backend(backend: str) -> None:
+    """Force a backend for every later call.
+
+    Args:
+        backend: ``"auto"`` (Triton where it can run, else eager), ``"triton"`` or ``"eager"``.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    global _forced
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    _forced = backend
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Force a backend inside a ``with`` block.
+
+    Example:
+        >>> import fusenc
+        >>> with fusenc.kernels.use_backend("eager"):
+        ...     fusenc.kernels.get_backend()
+        'eager'
+    """
+    before = _forced
+    set_backend(backend)
+    try:
+        yield
+    finally:
+        set_backend(before)

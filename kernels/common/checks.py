@@ -1,0 +1,48 @@
+"""Argument checks. The public functions test the good case in one expression and come here to explain a bad one."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+def describe(value: Any) -> str:
+    """A short description of an argument for an error message."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def fail_value(argument: str, expected: str, got: Any) -> NoReturn:
+    raise ValueError(f"{argument}: expected {expected}, got {describe(got)}")
+
+
+def fail_type(argument: str, expected: str, got: Any) -> NoReturn:
+    raise TypeError(f"{argument}: expected {expected}, got {describe(got)}")
+
+
+def floating_tensor(argument: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a float32, float64, float16 or bfloat16 tensor."""
+    if not isinstance(value, Tensor):
+        fail_type(argument, "a tensor", value)
+    if value.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        fail_type(argument, "a float32, float64, float16 or bfloat16 tensor", value)
+
+
+def same_kind(argument: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
+    """Raise unless `value` has the dtype (TypeError) and device (ValueError) of `reference`."""
+    floating_tensor(argument, value)
+    if value.dtype != reference.dtype:
+        fail_type(argument, f"dtype {reference.dtype}, that of {reference_name}", value)
+    if value.device != reference.device:
+        fail_value(argument, f"device {reference.device}, that of {reference_name}", value)
+
+
+def dropout_probability(value: Any) -> None:
+    """Raise unless `value` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail_type("dropout_p", "a number in [0, 1]", value)
+    if not 0.0 <= value <= 1.0:  # also catches NaN
+        fail_value("dropout_p", "a number in [0, 1]", value)

@@ -1,0 +1,49 @@
+"""What a launcher needs to know about the device: its compute units, its shared memory, the current device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Shared memory one program may use, in bytes, by compute capability (CUDA C++ programming guide,
+# "Technical specifications per compute capability"). AMD's LDS is 64 KiB on every supported chip.
+_SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+_LEAST_SHARED_MEMORY = 65536
+
+
+@functools.cache
+def compute_units(index: int | None) -> int:
+    """Streaming multiprocessors (or AMD compute units) of a device; 4 stands in where there is no GPU."""
+    if not torch.cuda.is_available():
+        return 4
+    return int(torch.cuda.get_device_properties(index or 0).multi_processor_count)
+
+
+@functools.cache
+def shared_memory(index: int | None) -> int:
+    """Bytes of shared memory one program may use on a device."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return _LEAST_SHARED_MEMORY
+    major, minor = torch.cuda.get_device_capability(index or 0)
+    return _SHARED_MEMORY.get(10 * major + minor, _LEAST_SHARED_MEMORY)
+
+
+def on_device_of(x: Tensor) -> Any:
+    """Make the GPU of `x` current for a launch; free where it already is."""
+    if torch.cuda.is_available() and x.device.index not in (None, torch.cuda.current_device()):
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+def input_precision() -> str:
+    """How float32 dot products round: IEEE, or TF32 where torch's own switch allows it."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is not below `n`."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,5 @@
+"""The feed-forward block."""
+
+from .api import ffn
+
+__all__ = ["ffn"]
