@@ -23,7 +23,7 @@ def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         x = 0.5 * x * (1.0 + tl.math.erf(x * _SQRT_HALF))
     elif ACTIVATION == "gelu_tanh":
-        x = 0.5 * x * (1.0 + _tanh(_SQRT_2_OVER_PI * (x + _CUBIC * x * x * x)))
+        x = 0.5 * x * (1.0 + _tanh((x + x * x * x * _CUBIC) * _SQRT_2_OVER_PI))
     elif ACTIVATION == "relu":
         x = tl.where(x < 0.0, 0.0, x)  # keeps a NaN, as torch does
     return x
@@ -35,8 +35,8 @@ def activation_derivative(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":  # Phi(x) + x phi(x)
         slope = 0.5 * (1.0 + tl.math.erf(x * _SQRT_HALF)) + x * tl.exp(-0.5 * x * x) * _INV_SQRT_2PI
     elif ACTIVATION == "gelu_tanh":
-        t = _tanh(_SQRT_2_OVER_PI * (x + _CUBIC * x * x * x))
-        slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * _SQRT_2_OVER_PI * (1.0 + 3.0 * _CUBIC * x * x)
+        t = _tanh((x + x * x * x * _CUBIC) * _SQRT_2_OVER_PI)
+        slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * (1.0 + x * x * (3.0 * _CUBIC)) * _SQRT_2_OVER_PI
     elif ACTIVATION == "relu":
         slope = tl.where(x > 0.0, 1.0, 0.0)
     else:

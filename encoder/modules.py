@@ -1,0 +1,43 @@
+"""What a fused layer needs to know about the modules whose forward it stands in for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def has_hooks(module: nn.Module, except_of: str = "") -> bool:
+    """True if calling the module would call hooks, but for forward hooks that the Python module `except_of` defines."""
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return bool(module._forward_hooks) and any(
+        getattr(hook, "__module__", None) != except_of for hook in module._forward_hooks.values()
+    )
+
+
+def why_not_plain(modules: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> str:
+    """Why these modules cannot be stood in for, or "": each must be of just its type, without hooks.
+
+    A quantised, parametrised or adapter-wrapped module has another type; a hook expects to be called.
+    """
+    for name, module, kind in modules:
+        if type(module) is not kind:
+            return f"{name} is a {type(module).__name__}, not a {kind.__name__}"
+        if has_hooks(module):
+            return f"{name} has hooks"
+    return ""
+
+
+def activation_name(activation: Callable[..., Any]) -> str | None:
+    """The kernels' name of an activation function or module, None for one they do not have."""
+    if activation in (F.relu, torch.relu) or type(activation) is nn.ReLU:
+        return "relu"
+    if activation is F.gelu:
+        return "gelu"
+    if type(activation) is nn.GELU:
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    return None
