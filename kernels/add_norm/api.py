@@ -55,20 +55,23 @@ def add_norm(
         torch.Size([2, 4, 16])
     """
     try:
-        if torch.is_autocast_enabled(x.device.type):
+        device = x.device
+        if torch.is_autocast_enabled(device.type):
             x, residual, weight, bias = (_as_float32(t) for t in (x, residual, weight, bias))
-        shape, dtype, device = x.shape, x.dtype, x.device
+        shape, dtype = x.shape, x.dtype
+        width = shape[-1:]
         wrong = (
             (residual is not None
-             and (residual.shape != shape or residual.dtype != dtype or residual.device != device))
+             and (residual.shape != shape or residual.dtype is not dtype or residual.device != device))
             or (weight is not None
-                and (weight.shape != shape[-1:] or weight.dtype != dtype or weight.device != device))
-            or (bias is not None and (bias.shape != shape[-1:] or bias.dtype != dtype or bias.device != device))
-            or not shape or not dtype.is_floating_point or not 0.0 <= dropout_p <= 1.0 or not eps >= 0.0
+                and (weight.shape != width or weight.dtype is not dtype or weight.device != device))
+            or (bias is not None and (bias.shape != width or bias.dtype is not dtype or bias.device != device))
+            or not shape or not width[0] or not dtype.is_floating_point
+            or not 0.0 <= dropout_p <= 1.0 or not eps >= 0.0
         )  # fmt: skip
     except (AttributeError, TypeError):
         _explain(x, residual, weight, bias, eps, dropout_p)
-    if wrong or shape[-1] == 0:
+    if wrong:
         _explain(x, residual, weight, bias, eps, dropout_p)
     seed = dropout.new_seed(x) if training and dropout_p > 0.0 else None
 
@@ -79,7 +82,7 @@ def add_norm(
     if not backend.use_triton(x):
         out, total = eager.add_norm(x, residual, weight, bias, seed, dropout_p, eps)
         return (out, total) if return_sum else out
-    if shape[-1] > MAX_WIDTH:
+    if width[0] > MAX_WIDTH:
         checks.fail_value("x", f"a width of at most {MAX_WIDTH}", x)
     if _needs_gradients(x, residual, weight, bias):
         out, total = op.AddNorm.apply(x, residual, weight, bias, seed, dropout_p, eps)

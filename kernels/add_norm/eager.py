@@ -16,7 +16,7 @@ def add_norm(
     if seed is not None:
         x = dropout.dropout(x, seed, dropout_p)
     total = x if residual is None else x + residual
-    return torch.layer_norm(total, total.shape[-1:], weight, bias, eps), total
+    return torch.layer_norm(total, (total.shape[-1],), weight, bias, eps), total
 
 
 def statistics(total: Tensor, eps: float) -> tuple[Tensor, Tensor]:

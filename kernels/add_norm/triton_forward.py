@@ -31,6 +31,8 @@ def add_norm_forward_kernel(
         z = tl.where(keep, z * keep_scale, 0.0)
     if HAS_RESIDUAL:
         z += tl.load(residual_ptr + offs_m[:, None] * stride_r + offs_n[None, :], mask=inside, other=0.0).to(tl.float32)
+    # As the sum is stored: the backward pass reads it back, and a row that is constant then must be so now.
+    z = z.to(out_ptr.dtype.element_ty).to(tl.float32)
     if STORE_SUM:
         z_ptrs = sum_ptr + offs_m[:, None] * width + offs_n[None, :]
         tl.store(z_ptrs, z.to(sum_ptr.dtype.element_ty), mask=inside)
@@ -86,6 +88,6 @@ def add_norm_forward(
             dropout.threshold(dropout_p), dropout.keep_scale(dropout_p),
             HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
             DROPOUT=seed is not None, STORE_SUM=store_sum, STORE_STATISTICS=store_statistics,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **launch.COMPILE_OPTIONS,
         )  # fmt: skip
     return out, total, mean, rstd

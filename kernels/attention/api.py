@@ -72,7 +72,8 @@ def attention(
         key_batch != batch or key_nhead != nhead or key_dim != head_dim or value.shape[:3] != key.shape[:3]
         or key.dtype != query.dtype or value.dtype != query.dtype
         or key.device != query.device or value.device != query.device
-        or nhead == 0 or head_dim == 0 or not query.is_floating_point() or not 0.0 <= dropout_p <= 1.0
+        or nhead == 0 or head_dim == 0 or not query.is_floating_point()
+        or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0
     ):  # fmt: skip
         _explain(query, key, value, dropout_p)
     if attn_mask is not None:

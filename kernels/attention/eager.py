@@ -21,28 +21,47 @@ def attention(
         out = F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=softmax_scale)
         return out, None
     wide = torch.promote_types(query.dtype, torch.float32)
-    probabilities, lse = softmax_of_scores(query.to(wide), key.to(wide), attn_mask, is_causal, softmax_scale)
-    out = dropout.dropout(probabilities, seed, dropout_p) @ value.to(wide)
-    return out.to(query.dtype), lse
+    scores, nothing = _scores(query.to(wide), key.to(wide), attn_mask, is_causal, softmax_scale)
+    probabilities = _softmax(scores, nothing)
+    if seed is not None:
+        probabilities = dropout.dropout(probabilities, seed, dropout_p)
+    out = (probabilities @ value.to(wide)).to(query.dtype)
+    if not return_lse:
+        return out, None
+    lse = scores.logsumexp(-1)
+    return out, lse if nothing is None else lse.masked_fill(nothing, float("-inf"))
 
 
-def softmax_of_scores(
+def _scores(
     query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
-    """Probabilities ``[B, H, Lq, Lk]`` and their log-sum-exp; a row with nothing allowed is 0 with LSE -inf."""
+) -> tuple[Tensor, Tensor | None]:
+    """Masked scores ``[B, H, Lq, Lk]`` and which rows have nothing to attend to (None: no row can lack it).
+
+    The scores of such a row are 0, not -inf, so that no NaN arises from it forward or backward.
+    """
     scores = query @ key.transpose(-1, -2) * softmax_scale
+    if attn_mask is None and key.shape[2] > 0:  # even a causal mask leaves each query the first key
+        if is_causal:
+            scores = scores.masked_fill(~_below_diagonal(scores), float("-inf"))
+        return scores, None
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attn_mask, float("-inf"))
         else:
             scores = scores + attn_mask.to(scores.dtype)
     if is_causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~allowed, float("-inf"))
+        scores = scores.masked_fill(~_below_diagonal(scores), float("-inf"))
     nothing = (scores == float("-inf")).all(-1)
-    scores = scores.masked_fill(nothing[..., None], 0.0)  # so that no NaN arises, forward or backward
-    probabilities = scores.softmax(-1).masked_fill(nothing[..., None], 0.0)
-    return probabilities, scores.logsumexp(-1).masked_fill(nothing, float("-inf"))
+    return scores.masked_fill(nothing[..., None], 0.0), nothing
+
+
+def _below_diagonal(scores: Tensor) -> Tensor:
+    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+
+
+def _softmax(scores: Tensor, nothing: Tensor | None) -> Tensor:
+    probabilities = scores.softmax(-1)
+    return probabilities if nothing is None else probabilities.masked_fill(nothing[..., None], 0.0)
 
 
 def attention_backward(
@@ -52,7 +71,7 @@ def attention_backward(
     """The gradients as formulas (FlashAttention-2, algorithm 2), for the operator of ``torch.compile``."""
     wide = torch.promote_types(query.dtype, torch.float32)
     q, k, v, do = query.to(wide), key.to(wide), value.to(wide), dout.to(wide)
-    p, _ = softmax_of_scores(q, k, attn_mask, is_causal, softmax_scale)
+    p = _softmax(*_scores(q, k, attn_mask, is_causal, softmax_scale))
     delta = (out.to(wide) * do).sum(-1)
     if dlse is not None:
         delta = delta - dlse

@@ -281,28 +281,28 @@ def attention_dq_kernel(
 _DKDV = {
     (2, 16): AttentionConfig(32, 128, 4, 2),
     (2, 32): AttentionConfig(32, 128, 4, 2),
-    (2, 64): AttentionConfig(32, 128, 4, 2),
+    (2, 64): AttentionConfig(32, 64, 4, 2),
     (2, 128): AttentionConfig(32, 64, 4, 1),
-    (2, 256): AttentionConfig(16, 64, 8, 1),
+    (2, 256): AttentionConfig(16, 32, 8, 1),
     (4, 16): AttentionConfig(32, 64, 4, 1),
-    (4, 32): AttentionConfig(32, 64, 4, 1),
-    (4, 64): AttentionConfig(32, 32, 4, 1),
-    (4, 128): AttentionConfig(16, 32, 4, 1),
+    (4, 32): AttentionConfig(32, 64, 8, 1),
+    (4, 64): AttentionConfig(32, 32, 8, 1),
+    (4, 128): AttentionConfig(16, 32, 8, 1),
     (4, 256): AttentionConfig(16, 16, 8, 1),
 }
 _DQ = {
     (2, 16): AttentionConfig(128, 64, 4, 2),
-    (2, 32): AttentionConfig(128, 64, 4, 2),
-    (2, 64): AttentionConfig(128, 64, 4, 1),
+    (2, 32): AttentionConfig(128, 32, 4, 2),
+    (2, 64): AttentionConfig(128, 32, 4, 2),
     (2, 128): AttentionConfig(64, 32, 4, 1),
     (2, 256): AttentionConfig(32, 16, 4, 1),
     (4, 16): AttentionConfig(64, 32, 4, 1),
     (4, 32): AttentionConfig(64, 32, 4, 1),
-    (4, 64): AttentionConfig(32, 32, 4, 1),
-    (4, 128): AttentionConfig(32, 16, 4, 1),
+    (4, 64): AttentionConfig(32, 32, 8, 1),
+    (4, 128): AttentionConfig(32, 16, 8, 1),
     (4, 256): AttentionConfig(16, 16, 8, 1),
 }
-_DELTA_ROWS = 64
+_DELTA_ROWS = 16
 
 
 def attention_backward(
@@ -329,18 +329,21 @@ def attention_backward(
             out, dout, lse if dlse is None else dlse.contiguous(), delta, *out.stride(), *dout.stride(),
             call.nhead, call.len_q,
             HAS_DLSE=dlse is not None, VALUE_DIM=call.value_dim, BLOCK_M=_DELTA_ROWS, BLOCK_DV=block_dv,
+            **launch.COMPILE_OPTIONS,
         )  # fmt: skip
         config = _DKDV[table_key]
         attention_dkdv_kernel[(triton.cdiv(call.len_k, config.block_n) * heads,)](
             query, key, value, mask, seed, dout, lse, delta, dkey, dvalue,
             *inputs, *dkey.stride(), *dvalue.stride(), *sizes,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
-            num_warps=config.num_warps, num_stages=config.num_stages, **call.switches,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+            **call.switches, **launch.COMPILE_OPTIONS,
         )  # fmt: skip
         config = _DQ[table_key]
         attention_dq_kernel[(triton.cdiv(call.len_q, config.block_m) * heads,)](
             query, key, value, mask, seed, dout, lse, delta, dquery, *inputs, *dquery.stride(), *sizes,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
-            num_warps=config.num_warps, num_stages=config.num_stages, **call.switches,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+            **call.switches, **launch.COMPILE_OPTIONS,
         )  # fmt: skip
     return dquery, dkey, dvalue

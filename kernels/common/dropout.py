@@ -10,13 +10,17 @@ fewest that pass BigCrush there; flash-attention uses seven too.
 
 from __future__ import annotations
 
+import sys
+
+import numpy as np
 import torch
 from torch import Tensor
 
 PHILOX_ROUNDS = 7
-_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
-_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64).reshape(2, 1, 1)
 _LOW = 0xFFFFFFFF
+_KEY_STEPS = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64) * np.arange(PHILOX_ROUNDS, dtype=np.uint64)
+_CHUNK = 1 << 14  # groups at a time: their state stays in the cache
 
 
 def new_seed(x: Tensor) -> Tensor:
@@ -34,36 +38,51 @@ def keep_scale(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
-def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    # The product of two 32-bit numbers fills an int64 to the last bit; its wrapped bits are the right ones.
-    product = b * a
-    return (product >> 32).bitwise_and_(_LOW), product.bitwise_and_(_LOW)
+def drop_mask(seed: Tensor, shape: torch.Size, dropout_p: float) -> Tensor:
+    """The elements that are dropped: bool, of `shape`, on the device of `seed`; rows are all dimensions but the last.
 
-
-def keep_mask(seed: Tensor, shape: torch.Size, dropout_p: float) -> Tensor:
-    """The elements that are kept: bool, of `shape`; rows are all dimensions but the last."""
+    In NumPy, whose unsigned integers are exact here and whose calls are several times cheaper than torch's.
+    """
     columns = shape[-1]
     rows = shape.numel() // columns if columns else 0
     groups = (columns + 3) // 4
-    row = torch.arange(rows, device=seed.device).view(-1, 1)
-    group = torch.arange(groups, device=seed.device).view(1, -1)
-    c0 = group.expand(rows, groups)
-    c1 = (row & _LOW).expand(rows, groups)
-    c2 = (row >> 32).expand(rows, groups)
-    c3 = torch.zeros_like(c0)
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(PHILOX_ROUNDS):
-        hi_b, lo_b = _mul_hi_lo(_ROUND_B, c2)
-        hi_a, lo_a = _mul_hi_lo(_ROUND_A, c0)
-        c0, c1 = hi_b.bitwise_xor_(c1).bitwise_xor_(k0), lo_b
-        c2, c3 = hi_a.bitwise_xor_(c3).bitwise_xor_(k1), lo_a
-        k0, k1 = (k0 + _KEY_A) & _LOW, (k1 + _KEY_B) & _LOW
-    bits = torch.stack((c0, c1, c2, c3), dim=-1).view(rows, 4 * groups)[:, :columns]
-    return ((bits >> 1) >= threshold(dropout_p)).reshape(shape)
+    dropped = np.empty((rows, groups, 4), dtype=np.bool_)
+    key = int(seed.item())
+    step = 1 << max(0, (_CHUNK // max(groups, 1)).bit_length() - 1)  # a power of two: no chunk crosses row 2**32
+    for first in range(0, rows, step):
+        _drop_rows(dropped[first : first + step], first, key, np.uint32(2 * threshold(dropout_p)))
+    mask = torch.from_numpy(dropped.reshape(rows, 4 * groups)[:, :columns].reshape(shape))
+    return mask.to(seed.device)
+
+
+def _drop_rows(out: np.ndarray, first_row: int, key: int, limit: np.uint32) -> None:
+    rows, groups, _ = out.shape
+    keys = (_KEY_STEPS + np.array([[key & _LOW], [key >> 32]], dtype=np.uint64)).astype(np.uint32)  # [2, rounds]
+    keys = keys.reshape(2, PHILOX_ROUNDS, 1, 1)
+    even = np.empty((2, rows, groups), dtype=np.uint32)  # words 0 and 2 of the counter
+    product = np.empty((2, 2, rows, groups), dtype=np.uint64)  # of this round and of the one before
+    # Word 2's product feeds word 0 and the other way round, so the first axis is read backwards.
+    halves = product.view(np.uint32).reshape(2, 2, rows, groups, 2)[:, ::-1]
+    low, high = (halves[..., 0], halves[..., 1]) if sys.byteorder == "little" else (halves[..., 1], halves[..., 0])
+    np.multiply(np.arange(groups, dtype=np.uint64), _MULTIPLIERS[0], out=product[0, 0])
+    product[0, 1] = (first_row >> 32) * int(_MULTIPLIERS[1, 0, 0])
+    first_low = first_row & _LOW
+    even[0] = np.arange(first_low, first_low + rows).reshape(rows, 1)
+    even[1] = 0
+    even ^= high[0]
+    even ^= keys[:, 0]
+    for i in range(1, PHILOX_ROUNDS):
+        now, before = i % 2, (i - 1) % 2
+        np.multiply(even, _MULTIPLIERS, out=product[now])
+        np.bitwise_xor(high[now], low[before], out=even)
+        even ^= keys[:, i]
+    odd = low[(PHILOX_ROUNDS - 1) % 2]  # words 1 and 3
+    np.less(even, limit, out=out[..., 0::2].transpose(2, 0, 1))
+    np.less(odd, limit, out=out[..., 1::2].transpose(2, 0, 1))
 
 
 def dropout(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     """`x` with dropout applied under `seed`; differentiable. `seed` None means no dropout."""
     if seed is None:
         return x
-    return (x * keep_scale(dropout_p)).masked_fill(~keep_mask(seed, x.shape, dropout_p), 0.0)
+    return (x * keep_scale(dropout_p)).masked_fill(drop_mask(seed, x.shape, dropout_p), 0.0)

@@ -14,6 +14,9 @@ from torch import Tensor
 _SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 _LEAST_SHARED_MEMORY = 65536
 
+# Triton 3.10 changes the default of this option, so it is said: a multiply and an add may become one instruction.
+COMPILE_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+
 
 @functools.cache
 def compute_units(index: int | None) -> int:

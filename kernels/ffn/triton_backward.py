@@ -57,6 +57,6 @@ def hidden_gradient(
             ACTIVATION=activation, DROPOUT=seed is not None, EVEN_K=inner % config.block_k == 0,
             INPUT_PRECISION=launch.input_precision(),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=GROUP_M,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, **launch.COMPILE_OPTIONS,
         )  # fmt: skip
     return dhidden

@@ -116,7 +116,7 @@ def linear_act(
             ACTIVATION=activation, HAS_BIAS=bias is not None, DROPOUT=seed is not None, STORE_HIDDEN=store_hidden,
             EVEN_K=inner % config.block_k == 0, INPUT_PRECISION=launch.input_precision(),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=GROUP_M,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, **launch.COMPILE_OPTIONS,
         )  # fmt: skip
     return out, hidden
 

@@ -1,0 +1,50 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Two workers on two cores: threads of torch inside each would only fight.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test test-cpu test-ir test-interpreter test-slow check bench clean
+
+install: $(STAMP)
+
+# torch comes first and pinned: a range would bring the newest build and gigabytes of CUDA packages.
+# ttsem states newer versions of Python, torch and Triton than it needs.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e ".[dev]"
+	$(PIP) --ignore-requires-python --no-deps ttsem
+	touch $@
+
+demo: install  ## fused against unfused on a real model and real text; ARGS="--text FILE" and so on
+	$(BIN)/fusenc demo $(ARGS)
+
+test: check test-cpu test-ir test-interpreter test-slow
+
+test-cpu: install  ## modules, operators, packaging, the demo: eager PyTorch on the CPU
+	$(PYTEST) -m "not slow" --device cpu
+
+test-ir: install  ## the kernels and the whole GPU path, Triton's IR executed on the CPU
+	$(PYTEST) -m "kernel and not slow" --device ttsem
+
+test-interpreter: install  ## a second, independent opinion on the kernels
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not slow" --device interpreter
+
+test-slow: install  ## the full sweep of kernel options
+	$(PYTEST) -m "kernel and slow" --device ttsem
+
+check: install  ## style and types; mypy reads a built package, since it cannot follow an editable install's mapping
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build
+	$(PIP) --no-deps --target build/typed .
+	MYPYPATH=build/typed $(BIN)/mypy -p fusenc
+
+bench: install  ## the CPU figures of docs/results.md
+	$(BIN)/fusenc bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

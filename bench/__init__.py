@@ -1,0 +1,1 @@
+"""Benchmarks, the demo, and looks at the kernels that need no GPU."""

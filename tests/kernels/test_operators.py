@@ -1,0 +1,177 @@
+"""The operators of torch.compile, and the eager path's gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import SAME_ALGORITHM
+
+from fusenc.kernels import add_norm, attention, ffn
+from fusenc.kernels.add_norm.op import add_norm_operator
+from fusenc.kernels.attention.op import attention_operator
+from fusenc.kernels.ffn.op import ffn_operator
+
+SEED = torch.tensor([5])
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+
+def attention_arguments(dtype=torch.float32, mask=None, seed=None):
+    return (*(randn(2, 3, n, 8, dtype=dtype) for n in (5, 7, 7)), mask, seed, 0.3 if seed is not None else 0.0, False, 0.4)
+
+
+KEEP = torch.arange(7) < torch.tensor([[7], [0]])
+ATTENTION = {
+    "plain": attention_arguments(),
+    "mask": attention_arguments(mask=KEEP[:, None, None, :]),
+    "dropout": attention_arguments(seed=SEED),
+}
+ADD_NORM = {
+    "full": (randn(4, 6), randn(4, 6), randn(6), randn(6), None, 0.0, 1e-5, True),
+    "plain norm": (randn(4, 6), None, randn(6), None, None, 0.0, 1e-5, True),
+    "dropout": (randn(2, 4, 6), randn(2, 4, 6), randn(6), randn(6), SEED, 0.3, 1e-5, True),
+}
+FFN = {
+    "full": (randn(2, 4, 6), randn(10, 6), randn(10), randn(6, 10), randn(6), None, 0.0, "gelu", True),
+    "no bias": (randn(4, 6), randn(10, 6), None, randn(3, 10), None, None, 0.0, "relu", True),
+    "dropout": (randn(4, 6), randn(10, 6), randn(10), randn(6, 10), randn(6), SEED, 0.3, "gelu_tanh", True),
+}
+
+
+@pytest.mark.parametrize("case", list(ATTENTION))
+def test_opcheck_attention(case):
+    torch.library.opcheck(attention_operator, ATTENTION[case])
+
+
+@pytest.mark.parametrize("case", list(ADD_NORM))
+def test_opcheck_add_norm(case):
+    torch.library.opcheck(add_norm_operator, ADD_NORM[case])
+
+
+@pytest.mark.parametrize("case", list(FFN))
+def test_opcheck_ffn(case):
+    torch.library.opcheck(ffn_operator, FFN[case])
+
+
+def test_opcheck_inference():
+    with torch.no_grad():
+        torch.library.opcheck(add_norm_operator, (*ADD_NORM["full"][:-1], False), test_utils="test_faketensor")
+        torch.library.opcheck(ffn_operator, (*FFN["full"][:-1], False), test_utils="test_faketensor")
+
+
+def seeded(function):
+    def run(*args):
+        torch.manual_seed(0)
+        return function(*args)
+
+    return run
+
+
+CALLS = {
+    "attention": (
+        lambda q, k, v: attention(q, k, v, KEEP[:, None, None, :], dropout_p=0.2, return_lse=True),
+        [(2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)],
+    ),
+    "attention, causal": (lambda q, k, v: attention(q, k, v, is_causal=True), [(1, 2, 5, 4), (1, 2, 7, 4), (1, 2, 7, 3)]),
+    "attention, mask with gradient": (
+        lambda q, k, v, bias: attention(q, k, v, bias), [(1, 2, 5, 4), (1, 2, 7, 4), (1, 2, 7, 3), (2, 1, 7)],
+    ),
+    "add_norm": (
+        lambda x, r, w, b: add_norm(x, r, w, b, dropout_p=0.2, return_sum=True), [(4, 6), (4, 6), (6,), (6,)],
+    ),
+    "ffn": (lambda *t: ffn(*t, dropout_p=0.2), [(4, 6), (10, 6), (10,), (3, 10), (3,)]),
+    "ffn, relu": (lambda *t: ffn(*t, activation="relu"), [(4, 6), (10, 6), (10,), (3, 10), (3,)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_gradcheck_in_float64(name):
+    call, shapes = CALLS[name]
+    inputs = [randn(*shape, dtype=torch.float64) for shape in shapes]
+    if name.startswith("attention") and KEEP is not None and "mask" not in name and "causal" not in name:
+        out, lse = seeded(call)(*inputs)
+        assert lse.dtype == torch.float64
+        assert torch.autograd.gradcheck(lambda *t: seeded(call)(*t)[0], inputs)
+    else:
+        assert torch.autograd.gradcheck(seeded(call), inputs)
+
+
+@pytest.mark.parametrize("operator", ["attention", "add_norm", "ffn"])
+def test_backward_formula_agrees_with_autograd(operator):
+    """The operator's own backward formula against autograd through the eager path, dropout on."""
+    cases, op, call = {
+        "attention": (ATTENTION, attention_operator, None),
+        "add_norm": (ADD_NORM, add_norm_operator, None),
+        "ffn": (FFN, ffn_operator, None),
+    }[operator]
+    from fusenc.kernels.add_norm import eager as add_norm_eager
+    from fusenc.kernels.attention import eager as attention_eager
+    from fusenc.kernels.ffn import eager as ffn_eager
+
+    eager = {
+        "attention": lambda *a: attention_eager.attention(*a)[0],
+        "add_norm": lambda *a: add_norm_eager.add_norm(*a[:-1])[0],
+        "ffn": lambda *a: ffn_eager.ffn(*a[:-1])[0],
+    }[operator]
+    for arguments in cases.values():
+        arguments = [
+            a.detach().double().requires_grad_() if isinstance(a, torch.Tensor) and a.requires_grad else a
+            for a in arguments
+        ]
+        leaves = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+        got, expected = op(*arguments)[0], eager(*arguments)
+        torch.testing.assert_close(got, expected)
+        upstream = torch.randn_like(got)
+        for g, e in zip(
+            torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
+        ):
+            torch.testing.assert_close(g, e)
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_compiles_whole_with_the_same_result(name):
+    torch._dynamo.reset()
+    call, shapes = CALLS[name]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    inputs = [randn(*shape) for shape in shapes]
+    if name == "attention, mask with gradient":
+        got, expected = compiled(*inputs), call(*inputs)
+    else:
+        got, expected = seeded(compiled)(*inputs), seeded(call)(*inputs)
+    got, expected = (out if isinstance(out, tuple) else (out,) for out in (got, expected))
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+    grads = [torch.autograd.grad(out[0].sum(), inputs) for out in (got, expected)]
+    for g, e in zip(*grads, strict=True):
+        torch.testing.assert_close(g, e, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+
+
+def test_dynamic_shapes_do_not_recompile():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def block(q, k, v, x, w, b):
+        return attention(q, k, v).sum() + add_norm(x, x, w, b).sum() + ffn(x, x.t() @ x, w, x, None).sum()
+
+    w, b = randn(6), randn(6)
+    for n in (5, 9, 12):
+        block(*(randn(2, 3, n, 8) for _ in range(3)), randn(n, 6), w, b).backward()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    q = randn(1, 2, 5, 8)
+    x, w, b = randn(5, 8), randn(8), randn(8)
+    with torch.autocast("cpu", dtype=dtype):
+        assert attention(q, q, q).dtype == dtype
+        assert attention_operator(q, q, q, None, None, 0.0, False, 0.3)[0].dtype == dtype
+        assert ffn(x, randn(10, 8), None, randn(8, 10), None).dtype == dtype
+        assert ffn_operator(x, randn(10, 8), None, randn(8, 10), None, None, 0.0, "gelu", True)[0].dtype == dtype
+        normed = add_norm(x.to(dtype), x, w, b)
+        assert normed.dtype == torch.float32
+    torch.testing.assert_close(normed, torch.nn.functional.layer_norm(x.to(dtype) + x, (8,), w, b))
+    assert attention(q, q, q).dtype == torch.float32

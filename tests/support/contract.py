@@ -1,0 +1,53 @@
+"""The error contract: a kernel against the same computation in float64, measured by eager PyTorch's own error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from tolerances import FLOOR, FORWARD_FACTOR, GRADIENT_FACTOR
+from torch import Tensor
+
+Function = Callable[..., Tensor]
+
+
+def assert_contract(
+    kernel: Function, reference: Function, inputs: Sequence[Tensor], dtype: torch.dtype, *, least_gradient: float = 0.0
+) -> None:
+    """Hold `kernel` to the contract, forward and backward.
+
+    Args:
+        kernel: what is tested, a function of the inputs.
+        reference: the same in plain PyTorch; run in float64 for the truth and in `dtype` for eager's error.
+        inputs: float32 tensors; they are rounded to `dtype` first, so every side starts from the same values.
+        least_gradient: the floor counts a gradient as at least this large; see `tolerances.LEAST_GRADIENT`.
+    """
+    rounded = [t.to(dtype).detach() for t in inputs]
+    got, grads = _run(kernel, rounded)
+    truth, true_grads = _run(reference, [t.double() for t in rounded], like=got)
+    eager, eager_grads = _run(reference, rounded, like=got)
+    _compare("output", got, truth, eager, FORWARD_FACTOR, dtype)
+    for i, (g, t, e) in enumerate(zip(grads, true_grads, eager_grads, strict=True)):
+        _compare(f"gradient of input {i}", g, t, e, GRADIENT_FACTOR, dtype, least_gradient)
+
+
+def _run(function: Function, inputs: list[Tensor], like: Tensor | None = None) -> tuple[Tensor, Sequence[Tensor]]:
+    leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
+    leaves = [leaf if leaf.stride() == t.stride() else t.detach().requires_grad_() for leaf, t in zip(leaves, inputs, strict=True)]
+    out = function(*leaves)
+    generator = torch.Generator().manual_seed(7)
+    upstream = torch.randn(out.shape, generator=generator).to(out.dtype if like is None else like.dtype).to(out.device)
+    return out.detach(), torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+
+
+def _compare(what: str, got: Tensor, truth: Tensor, eager: Tensor, factor: float, dtype: torch.dtype, least: float = 0.0) -> None:
+    assert got.shape == truth.shape and got.dtype == eager.dtype, f"{what}: {got.dtype} {tuple(got.shape)}"
+    assert not got.isnan().any(), f"{what}: NaN"
+    error = _largest(got.double() - truth)
+    allowed = factor * _largest(eager.double() - truth) + FLOOR[dtype] * torch.finfo(dtype).eps * max(_largest(truth), least)
+    assert error <= allowed, f"{what}: error {error:.3e} is above {allowed:.3e}"
+
+
+def _largest(t: Tensor) -> float:
+    finite = t.masked_fill(t.isinf() | t.isnan(), 0.0) if not t.isfinite().all() else t
+    return float(finite.abs().max()) if t.numel() else 0.0

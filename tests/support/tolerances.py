@@ -1,0 +1,34 @@
+"""Every tolerance of the test suite, each with its reason."""
+
+from __future__ import annotations
+
+import torch
+
+FORWARD_FACTOR = 2.0
+"""A kernel's largest error against float64 may be this many times eager PyTorch's in the same dtype (DESIGN.md)."""
+
+GRADIENT_FACTOR = 3.0
+"""Likewise for gradients, which pass through more roundings whose order is free (DESIGN.md)."""
+
+FLOOR = {torch.float32: 8.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+"""What is allowed on top, in units of eps times the largest reference value. Where eager is exact by luck
+(a single term, a row of equal values) twice its error is nothing. Half precision: the one rounding of the
+result. float32: sums of some hundred terms in another order, each of up to half an eps."""
+
+LEAST_GRADIENT = 10.0
+"""Attention with one key, or with scores so large that one key takes all the weight: the true gradient is 0 and
+eager's is 0 by luck, but dS = P (dP - delta) there is the difference of two numbers of the size of dO V, about 10
+for the tests' sizes, and keeps their rounding. Used by those tests alone."""
+
+SAME_ALGORITHM = 1e-5
+"""float32 results of the same formulas through other calls (packed or padded, one product or three), relative to the
+largest value: a few hundred roundings of 6e-8, growing as their square root, with room for layers that amplify."""
+
+SAME_ALGORITHM_64 = 1e-12
+"""The same in float64."""
+
+EMBEDDINGS = 1e-5
+"""Sentence embeddings of unit length, fused against unfused, float32 (issue: embeddings differ by less than this)."""
+
+LOSS_CURVE = 1e-4
+"""Ten training steps, relative difference of the losses: rounding differences that the optimiser amplifies."""
