@@ -66,10 +66,10 @@ def add_norm(
             or (weight is not None
                 and (weight.shape != width or weight.dtype is not dtype or weight.device != device))
             or (bias is not None and (bias.shape != width or bias.dtype is not dtype or bias.device != device))
-            or not shape or not width[0] or not dtype.is_floating_point
+            or width[0] == 0 or not dtype.is_floating_point
             or not 0.0 <= dropout_p <= 1.0 or not eps >= 0.0
         )  # fmt: skip
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, IndexError):
         _explain(x, residual, weight, bias, eps, dropout_p)
     if wrong:
         _explain(x, residual, weight, bias, eps, dropout_p)

