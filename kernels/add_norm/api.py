@@ -54,15 +54,16 @@ def add_norm(
         >>> fusenc.kernels.add_norm(x, residual, torch.ones(16), torch.zeros(16)).shape
         torch.Size([2, 4, 16])
     """
+    compiling = torch.compiler.is_compiling()
     try:
-        device = x.device
-        if torch.is_autocast_enabled(device.type):
+        if backend.autocast_enabled(x):
             x, residual, weight, bias = (_as_float32(t) for t in (x, residual, weight, bias))
-        shape, dtype = x.shape, x.dtype
+        shape, dtype, device = x.shape, x.dtype, x.device
         width = shape[-1:]
         wrong = (
             (residual is not None
-             and (residual.shape != shape or residual.dtype is not dtype or residual.device != device))
+             and ((checks.differ(residual.shape, shape) if compiling else residual.shape != shape)
+                  or residual.dtype is not dtype or residual.device != device))
             or (weight is not None
                 and (weight.shape != width or weight.dtype is not dtype or weight.device != device))
             or (bias is not None and (bias.shape != width or bias.dtype is not dtype or bias.device != device))
@@ -75,7 +76,7 @@ def add_norm(
         _explain(x, residual, weight, bias, eps, dropout_p)
     seed = dropout.new_seed(x) if training and dropout_p > 0.0 else None
 
-    if torch.compiler.is_compiling():
+    if compiling:
         save = return_sum or _needs_gradients(x, residual, weight, bias)
         out, total, _, _ = op.add_norm_operator(x, residual, weight, bias, seed, dropout_p, eps, save)
         return (out, total) if return_sum else out

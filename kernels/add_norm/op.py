@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def _operator_forward(
 def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     if not rest[-1]:
         return x.new_empty(x.shape), x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    statistics = x.new_empty(x.shape[:-1].numel(), dtype=torch.promote_types(x.dtype, torch.float32))
+    statistics = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.promote_types(x.dtype, torch.float32))
     return x.new_empty(x.shape), x.new_empty(x.shape), statistics, torch.empty_like(statistics)
 
 

@@ -64,12 +64,13 @@ def attention(
         and query.dim() == 4 and key.dim() == 4 and value.dim() == 4
     ):  # fmt: skip
         _explain_ranks(query, key, value)
-    if query.is_floating_point() and torch.is_autocast_enabled(query.device.type):
+    if backend.autocast_enabled(query):
         query, key, value = operator.autocast_inputs(query.device.type, query, key, value)
     batch, nhead, _, head_dim = query.shape
     key_batch, key_nhead, len_k, key_dim = key.shape
     if (
-        key_batch != batch or key_nhead != nhead or key_dim != head_dim or value.shape[:3] != key.shape[:3]
+        key_batch != batch or key_nhead != nhead or key_dim != head_dim
+        or value.shape[0] != batch or value.shape[1] != nhead or value.shape[2] != len_k
         or key.dtype != query.dtype or value.dtype != query.dtype
         or key.device != query.device or value.device != query.device
         or nhead == 0 or head_dim == 0 or not query.is_floating_point()

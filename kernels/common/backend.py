@@ -37,6 +37,11 @@ def _warn_no_triton() -> None:
     )
 
 
+def autocast_enabled(x: Tensor) -> bool:
+    """True if an autocast for the device of `x` is in force. (`x.device.type` alone would cost twice as much.)"""
+    return torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type)
+
+
 def use_triton(x: Tensor) -> bool:
     """True if a call on `x` runs the Triton kernels, False if it runs eager PyTorch.
 

@@ -31,6 +31,11 @@ def floating_tensor(argument: str, value: Any) -> None:
         fail_type(argument, "a float32, float64, float16 or bfloat16 tensor", value)
 
 
+def differ(a: torch.Size, b: torch.Size) -> bool:
+    """Inequality of shapes for use under torch.compile, where ``a != b`` would fix every size to its present value."""
+    return len(a) != len(b) or any(m != n for m, n in zip(a, b, strict=True))
+
+
 def same_kind(argument: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
     """Raise unless `value` has the dtype (TypeError) and device (ValueError) of `reference`."""
     floating_tensor(argument, value)

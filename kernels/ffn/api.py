@@ -52,7 +52,7 @@ def ffn(
         torch.Size([2, 5, 8])
     """
     try:
-        if torch.is_autocast_enabled(x.device.type):
+        if backend.autocast_enabled(x):
             x, weight1, bias1, weight2, bias2 = operator.autocast_inputs(
                 x.device.type, x, weight1, bias1, weight2, bias2
             )

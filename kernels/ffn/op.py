@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def _fake_forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Ten
     out = x.new_empty((*x.shape[:-1], weight2.shape[0]))
     if not rest[-1]:
         return out, x.new_empty(0), x.new_empty(0)
-    hidden = x.new_empty((x.shape[:-1].numel(), weight1.shape[0]))
+    hidden = x.new_empty((math.prod(x.shape[:-1]), weight1.shape[0]))
     return out, hidden, torch.empty_like(hidden)
 
 

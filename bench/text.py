@@ -1,0 +1,51 @@
+"""Real sentences to work on: a text file of the user's, or the prose of Python's own documentation."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+_MARKUP = re.compile(r"[\"*`“”]+")
+
+
+def documentation_sentences() -> list[str]:
+    """English sentences from the reference manual that comes with CPython (`pydoc_data.topics`), in its order.
+
+    Headings, code, grammar, tables and lists are left out, and each sentence occurs once.
+    """
+    from pydoc_data.topics import topics
+
+    sentences: dict[str, None] = {}
+    for topic in topics.values():
+        for paragraph in topic.split("\n\n"):
+            lines = paragraph.strip("\n").split("\n")
+            if any(not line or not line[0].isalpha() for line in lines) or "::=" in paragraph:
+                continue
+            text = _MARKUP.sub("", " ".join(lines))
+            for sentence in _SENTENCE_END.split(text):
+                words = sentence.split()
+                letters = sum(c.isalpha() or c == " " for c in sentence)
+                if 3 <= len(words) <= 60 and sentence[0].isupper() and sentence[-1] == "." and letters > 0.9 * len(sentence) and "  " not in sentence:
+                    sentences.setdefault(sentence)
+    return list(sentences)
+
+
+def read_sentences(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file, blank ones left out.
+
+    Raises:
+        ValueError: the file is missing, no file, not UTF-8, or holds no text; the message says which.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"--text: no file at {path}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"--text: {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(f"--text: {path} cannot be read ({error.strerror})") from None
+    sentences = [line.strip() for line in text.splitlines() if line.strip()]
+    if not sentences:
+        raise ValueError(f"--text: {path} holds no text, expected one sentence a line")
+    return sentences
