@@ -8,11 +8,13 @@ from pathlib import Path
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 _MARKUP = re.compile(r"[\"*`“”]+")
 
+_MOST_WORDS = 30
+
 
 def documentation_sentences() -> list[str]:
     """English sentences from the reference manual that comes with CPython (`pydoc_data.topics`), in its order.
 
-    Headings, code, grammar, tables and lists are left out, and each sentence occurs once.
+    Headings, code, grammar, tables, lists and very long sentences are left out, and each sentence occurs once.
     """
     from pydoc_data.topics import topics
 
@@ -26,7 +28,8 @@ def documentation_sentences() -> list[str]:
             for sentence in _SENTENCE_END.split(text):
                 words = sentence.split()
                 letters = sum(c.isalpha() or c == " " for c in sentence)
-                if 3 <= len(words) <= 60 and sentence[0].isupper() and sentence[-1] == "." and letters > 0.9 * len(sentence) and "  " not in sentence:
+                whole = sentence[0].isupper() and sentence[-1] == "." and "  " not in sentence
+                if whole and 3 <= len(words) <= _MOST_WORDS and letters > 0.9 * len(sentence):
                     sentences.setdefault(sentence)
     return list(sentences)
 

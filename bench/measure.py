@@ -1,0 +1,221 @@
+"""`fusenc bench`: this library against torch and Hugging Face on the CPU, both sides taking turns in one process."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+import fusenc
+
+Call = Callable[[], Any]
+LARGEST_DIFFERENCE = 1e-4
+"""Of any hidden state of a real token; above it no time is reported."""
+
+
+@dataclass
+class Case:
+    """Two ways to do the same and what their ratio should be."""
+
+    name: str
+    theirs: Call
+    ours: Call
+    calls: int
+    """Calls that one measurement averages over: enough to dwarf the clock's own cost."""
+    target: float
+    """The ratio to reach, theirs over ours; below 1 where a bounded cost is the target."""
+    theirs_is: str
+
+
+@dataclass
+class Figure:
+    """One measured case. Times are medians in microseconds; the ratio is the median of the rounds' own ratios."""
+
+    name: str
+    theirs_is: str
+    theirs_us: float
+    ours_us: float
+    speedup: float
+    target: float
+    reached: bool
+
+
+def interleave(case: Case, rounds: int) -> Figure:
+    """Measure both sides in turns, so that a slow moment of the machine hits both alike."""
+    sides = {"theirs": case.theirs, "ours": case.ours}
+    for call in sides.values():  # warm up
+        for _ in range(max(3, case.calls // 10)):
+            call()
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            for side in sorted(sides, reverse=bool(i % 2)):
+                call = sides[side]
+                start = time.perf_counter()
+                for _ in range(case.calls):
+                    call()
+                seconds[side].append((time.perf_counter() - start) / case.calls)
+    finally:
+        if collecting:
+            gc.enable()
+    speedup = statistics.median(t / o for t, o in zip(seconds["theirs"], seconds["ours"], strict=True))
+    theirs, ours = (1e6 * statistics.median(seconds[side]) for side in ("theirs", "ours"))
+    return Figure(case.name, case.theirs_is, theirs, ours, speedup, case.target, speedup >= case.target)
+
+
+def host_cases() -> list[Case]:
+    """Tiny inputs, where all that is measured is what a call costs before the work begins."""
+    torch.manual_seed(0)
+    x, residual, weight, bias = (torch.randn(s) for s in ((8, 64), (8, 64), (64,), (64,)))
+    leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+    upstream = torch.ones(8, 64)
+
+    def eager(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x + residual, (64,), weight, bias)
+
+    def without_gradients(call: Call) -> Call:
+        def run() -> None:
+            with torch.no_grad():
+                call()
+
+        return run
+
+    add_norm: Any = fusenc.kernels.add_norm
+    arguments = (x, residual, weight, bias)
+    cases = [
+        Case("add_norm 8x64, no gradients", lambda: eager(*arguments), lambda: add_norm(*arguments), 500, 1 / 1.5,
+             "F.layer_norm(x + r)"),
+        Case("add_norm 8x64, forward with gradients", lambda: eager(*leaves), lambda: add_norm(*leaves), 500, 1 / 2,
+             "F.layer_norm(x + r)"),
+        Case("add_norm 8x64, forward and backward", lambda: eager(*leaves).backward(upstream),
+             lambda: add_norm(*leaves).backward(upstream), 100, 1 / 2, "F.layer_norm(x + r)"),
+    ]  # fmt: skip
+    source = torch.randn(1, 8, 64)
+    for dropout in (0.0, 0.1):
+        options: dict[str, Any] = {"dropout": dropout, "activation": "gelu", "batch_first": True}
+        theirs = nn.TransformerEncoderLayer(64, 4, 128, **options)
+        ours = fusenc.TransformerEncoderLayer(64, 4, 128, **options)
+        ours.load_state_dict(theirs.state_dict())
+        if dropout == 0.0:
+            evaluated = copy.deepcopy(theirs).eval(), copy.deepcopy(ours).eval()
+            cases.append(_layer_case("layer 1x8x64, inference", evaluated, source, without_gradients))
+            cases.append(
+                _layer_case("layer 1x8x64, inference, torch's plain path", evaluated, source, without_gradients, False)
+            )
+        name = f"layer 1x8x64, training, dropout {dropout}"
+        cases.append(_layer_case(f"{name}, forward", (theirs, ours), source, lambda call: call))
+        cases.append(
+            Case(f"{name}, forward and backward", lambda t=theirs: t(source).sum().backward(),  # type: ignore[misc]
+                 lambda o=ours: o(source).sum().backward(), 20, 1 / 1.2, "nn.TransformerEncoderLayer")  # type: ignore[misc]
+        )  # fmt: skip
+    return cases
+
+
+def _layer_case(
+    name: str, layers: tuple[nn.Module, nn.Module], source: torch.Tensor, wrap: Callable[[Call], Call], fast: bool = True
+) -> Case:
+    def theirs() -> None:
+        layers[0](source)
+
+    def plain() -> None:
+        torch.backends.mha.set_fastpath_enabled(False)
+        layers[0](source)
+        torch.backends.mha.set_fastpath_enabled(True)
+
+    return Case(
+        name, wrap(theirs if fast else plain), wrap(lambda: layers[1](source)), 50, 1 / 1.2, "nn.TransformerEncoderLayer"
+    )
+
+
+def model_cases() -> list[Case]:
+    """The packaged sentence encoder on 32 real sentences, ragged and of equal length."""
+    from .demo import load, tokenize
+    from .text import documentation_sentences
+
+    plain, tokenizer = load(None)
+    fused = copy.deepcopy(plain)
+    fusenc.fuse(fused)
+    sentences = random.Random(0).sample(documentation_sentences(), 512)
+    lengths = [len(ids) for ids in tokenizer(sentences)["input_ids"]]
+    common = statistics.mode(lengths)
+    equal = [s for s, n in zip(sentences, lengths, strict=True) if n == common]
+    equal = (equal * 32)[:32]
+    cases = []
+    for name, texts in (("ragged", sentences[:32]), ("equal length", equal)):
+        inputs = tokenize(tokenizer, plain, texts, "cpu")
+        real = inputs["attention_mask"].bool()
+        fill = float(real.float().mean())
+        with torch.inference_mode():
+            difference = (plain(**inputs).last_hidden_state - fused(**inputs).last_hidden_state)[real].abs().max()
+        if difference > LARGEST_DIFFERENCE:
+            raise RuntimeError(f"{name}: hidden states differ by {float(difference):.1e}; no time is measured")
+        shape = "x".join(map(str, real.shape))
+        target = 0.9 / fill if fill < 1 else 0.95
+        for training in (False, True):
+            sides = (plain, fused)
+
+            def call(model: nn.Module, inputs: Any = inputs, real: Any = real, training: bool = training) -> None:
+                if training:
+                    model(**inputs).last_hidden_state[real].sum().backward()
+                    return
+                with torch.inference_mode():
+                    model(**inputs)
+
+            # Only inference has a target; the models stay in evaluation mode, so training is without dropout.
+            kind = "forward and backward" if training else "inference"
+            cases.append(
+                Case(f"MiniLM {shape}, {name}, fill {fill:.2f}, {kind}", lambda c=call, s=sides: c(s[0]),  # type: ignore[misc]
+                     lambda c=call, s=sides: c(s[1]), 1, target, "Hugging Face, sdpa")  # type: ignore[misc]
+            )  # fmt: skip
+    return cases
+
+
+SUITES: dict[str, Callable[[], list[Case]]] = {"host": host_cases, "model": model_cases}
+
+
+def run(suites: list[str], file: Path | None, threads: int | None, rounds: int) -> list[Figure]:
+    """Measure the suites, print a table and, if asked, write the figures as JSON."""
+    console = Console()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    figures = []
+    with Progress(console=console, transient=True) as progress:
+        for suite in suites:
+            cases = SUITES[suite]()
+            for case in progress.track(cases, description=suite):
+                figures.append(interleave(case, rounds))
+    table = Table("case", "against", "theirs, us", "ours, us", "times as fast", "target", "")
+    for f in figures:
+        verdict = "reached" if f.reached else "missed"
+        columns = (f.name, f.theirs_is, f"{f.theirs_us:,.1f}", f"{f.ours_us:,.1f}", f"{f.speedup:.2f}")
+        table.add_row(*columns, f"{f.target:.2f}", verdict)
+    console.print(table)
+    machine = {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "fusenc": fusenc.__version__,
+    }
+    console.print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    if file is not None:
+        file.write_text(json.dumps({"machine": machine, "figures": [asdict(f) for f in figures]}, indent=1) + "\n")
+        console.print(f"Written to {file}")
+    return figures
