@@ -1,11 +1,11 @@
 """Packaging. The folders kernels/, encoder/ and bench/ are imported as fusenc.kernels, fusenc and fusenc.bench."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 FOLDERS = {"fusenc": "encoder", "fusenc.kernels": "kernels", "fusenc.bench": "bench"}
-PACKAGES = [name for name in FOLDERS] + [
-    f"{name}.{sub}" for name, folder in FOLDERS.items() for sub in find_packages(folder)
-]
+PACKAGES = list(FOLDERS) + [f"{name}.{sub}" for name, folder in FOLDERS.items() for sub in find_packages(folder)]
 
 # Lower bounds are the oldest versions that the tests have run on; upper bounds are the next major version.
 HF = ["transformers>=5.23,<6"]
@@ -17,7 +17,7 @@ setup(
     name="fusenc",
     version="0.1.0",
     description="Transformer encoders on fused Triton kernels, drop-in for torch.nn",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",

@@ -14,12 +14,11 @@ from unittest import mock
 
 import torch
 import triton
+from fusenc.kernels.common import backend, launch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-
-from fusenc.kernels.common import backend, launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 import fusenc
+import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fused Transformer encoders: see them work.")
 

@@ -14,14 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import fusenc
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import nn
-
-import fusenc
 
 Call = Callable[[], Any]
 LARGEST_DIFFERENCE = 1e-4
@@ -129,7 +128,11 @@ def host_cases() -> list[Case]:
 
 
 def _layer_case(
-    name: str, layers: tuple[nn.Module, nn.Module], source: torch.Tensor, wrap: Callable[[Call], Call], fast: bool = True
+    name: str,
+    layers: tuple[nn.Module, nn.Module],
+    source: torch.Tensor,
+    wrap: Callable[[Call], Call],
+    fast: bool = True,
 ) -> Case:
     def theirs() -> None:
         layers[0](source)
@@ -140,7 +143,12 @@ def _layer_case(
         torch.backends.mha.set_fastpath_enabled(True)
 
     return Case(
-        name, wrap(theirs if fast else plain), wrap(lambda: layers[1](source)), 50, 1 / 1.2, "nn.TransformerEncoderLayer"
+        name,
+        wrap(theirs if fast else plain),
+        wrap(lambda: layers[1](source)),
+        50,
+        1 / 1.2,
+        "nn.TransformerEncoderLayer",
     )
 
 

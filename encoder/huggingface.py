@@ -162,7 +162,8 @@ class _FusedEncoder(nn.Module):
             return None  # more than a padding mask
         if _collected():
             return None
-        for layer in self.layer:  # a hook would find packed tokens, and an unfused layer could not read them
+        layers: Any = self.layer
+        for layer in layers:  # a hook would find packed tokens, and an unfused layer could not read them
             if not isinstance(layer, _FusedLayer) or has_hooks(layer, _CAPTURE) or layer._why_not_plain(layer):
                 return None
         return keep

@@ -41,7 +41,6 @@ class Packing:
                 for t in (query, key, value)
             )
             out = attention(q, k, v, dropout_p=dropout_p, scale=scale)
-            assert isinstance(out, Tensor)
             parts.append(out.transpose(1, 2).flatten(0, 1))
         if len(parts) == 1:
             return parts[0]
@@ -81,5 +80,4 @@ def attend(
     out = attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p, is_causal, scale
     )
-    assert isinstance(out, Tensor)
     return out.transpose(1, 2)

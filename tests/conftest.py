@@ -94,4 +94,3 @@ def device(request: pytest.FixtureRequest) -> str:
 def backend(request: pytest.FixtureRequest) -> str:
     """What `fusenc.kernels.last_backend` has to say after a kernel ran."""
     return {"cpu": "eager", "interpreter": "interpreter"}.get(request.config.getoption("--device"), "triton")
-

@@ -26,7 +26,9 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("blocked", [["triton"], ["transformers"], ["triton", "transformers", "typer", "rich"]], ids=str)
+@pytest.mark.parametrize(
+    "blocked", [["triton"], ["transformers"], ["triton", "transformers", "typer", "rich"]], ids=str
+)
 def test_works_without(blocked):
     code = BLOCK.format(blocked=blocked) + (
         "import torch, fusenc\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,21 @@ from . import eager, op
 MAX_WIDTH = 16384
 
 
+@overload
+def add_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None = ..., *, eps: float = ...,
+    dropout_p: float = ..., training: bool = ..., return_sum: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def add_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None = ..., *, eps: float = ...,
+    dropout_p: float = ..., training: bool = ..., return_sum: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def add_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None = ..., *, eps: float = ...,
+    dropout_p: float = ..., training: bool = ..., return_sum: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def add_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -57,7 +72,7 @@ def add_norm(
     compiling = torch.compiler.is_compiling()
     try:
         if backend.autocast_enabled(x):
-            x, residual, weight, bias = (_as_float32(t) for t in (x, residual, weight, bias))
+            x, residual, weight, bias = (_as_float32(t) for t in (x, residual, weight, bias))  # type: ignore[assignment]
         shape, dtype, device = x.shape, x.dtype, x.device
         width = shape[-1:]
         wrong = (

@@ -105,7 +105,7 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, seed, ctx.dropout_p, eps, save = inputs
+    _x, residual, weight, bias, seed, ctx.dropout_p, _eps, _save_flag = inputs
     ctx.save_for_backward(output[1], weight, output[2], output[3], seed)
     ctx.has_residual, ctx.needs_dbias = residual is not None, bias is not None
     ctx.set_materialize_grads(False)

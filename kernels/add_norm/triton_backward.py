@@ -121,7 +121,8 @@ def add_norm_backward(
             flat_do.stride(0), flat_ds.stride(0), flat_z.stride(0), rows, width, rows_per_program,
             dropout.threshold(dropout_p), dropout.keep_scale(dropout_p),
             HAS_DSUM=dsum is not None, HAS_WEIGHT=weight is not None, DROPOUT=seed is not None,
-            WEIGHT_GRADIENTS=weight_gradients, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **launch.COMPILE_OPTIONS,
+            WEIGHT_GRADIENTS=weight_gradients, BLOCK_M=block_m, BLOCK_N=block_n,
+            num_warps=num_warps, **launch.COMPILE_OPTIONS,
         )  # fmt: skip
         if weight_gradients:
             weight_gradient_kernel[(triton.cdiv(width, 64),)](

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +12,21 @@ from ..common import backend, checks, dropout, operator
 from . import eager, op
 
 
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., *, return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., *, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., *, return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     query: Tensor,
     key: Tensor,
@@ -90,8 +106,8 @@ def attention(
     if mask_grad or not backend.use_triton(query):
         if mask_grad:
             backend.note_eager()
-        out, lse = eager.attention(*args, return_lse)
-        return (out, lse) if return_lse else out
+        out, maybe_lse = eager.attention(*args, return_lse)
+        return out if maybe_lse is None else (out, maybe_lse)
     if head_dim > 256 or value.shape[3] > 256:
         checks.fail_value("query, value", "head sizes of at most 256", query if head_dim > 256 else value)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):

@@ -122,9 +122,7 @@ def attention_forward_kernel(
     out_ptrs = (
         out_ptr + b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_om + offs_dv[None, :] * stride_od
     )
-    tl.store(
-        out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(rows < len_q)[:, None] & (offs_dv < VALUE_DIM)[None, :]
-    )
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(rows < len_q)[:, None] & (offs_dv < VALUE_DIM)[None, :])
     tl.store(lse_ptr + random_rows, lse, mask=rows < len_q)
 
 
@@ -204,7 +202,7 @@ def describe_call(
 
 
 def empty_in_order_of(like: Tensor, last: int) -> Tensor:
-    """An uninitialised tensor with the shape of `like` but last dimension `last`, its dimensions in memory in like's order."""
+    """An uninitialised tensor shaped as `like` but for its last dimension, with dimensions in like's memory order."""
     order = sorted(range(3), key=lambda i: like.stride(i), reverse=True)
     shape = [like.shape[i] for i in order] + [last]
     back = [order.index(i) for i in range(3)] + [3]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 PHILOX_ROUNDS = 7
-_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64).reshape(2, 1, 1)
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64).reshape(2, 1)
 _LOW = 0xFFFFFFFF
 _KEY_STEPS = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64) * np.arange(PHILOX_ROUNDS, dtype=np.uint64)
 _CHUNK = 1 << 14  # groups at a time: their state stays in the cache
@@ -57,17 +57,17 @@ def drop_mask(seed: Tensor, shape: torch.Size, dropout_p: float) -> Tensor:
 
 def _drop_rows(out: np.ndarray, first_row: int, key: int, limit: np.uint32) -> None:
     rows, groups, _ = out.shape
-    keys = (_KEY_STEPS + np.array([[key & _LOW], [key >> 32]], dtype=np.uint64)).astype(np.uint32)  # [2, rounds]
-    keys = keys.reshape(2, PHILOX_ROUNDS, 1, 1)
-    even = np.empty((2, rows, groups), dtype=np.uint32)  # words 0 and 2 of the counter
-    product = np.empty((2, 2, rows, groups), dtype=np.uint64)  # of this round and of the one before
-    # Word 2's product feeds word 0 and the other way round, so the first axis is read backwards.
-    halves = product.view(np.uint32).reshape(2, 2, rows, groups, 2)[:, ::-1]
+    n = rows * groups  # everything in one dimension: NumPy's calls are cheapest so
+    keys = (_KEY_STEPS + np.array([[key & _LOW], [key >> 32]], dtype=np.uint64)).astype(np.uint32)[..., None]
+    even = np.empty((2, n), dtype=np.uint32)  # words 0 and 2 of the counter
+    product = np.empty((2, 2, n), dtype=np.uint64)  # of this round and of the one before
+    # Word 2's product feeds word 0 and the other way round, so the words are read backwards.
+    halves = product.view(np.uint32).reshape(2, 2, n, 2)[:, ::-1]
     low, high = (halves[..., 0], halves[..., 1]) if sys.byteorder == "little" else (halves[..., 1], halves[..., 0])
-    np.multiply(np.arange(groups, dtype=np.uint64), _MULTIPLIERS[0], out=product[0, 0])
-    product[0, 1] = (first_row >> 32) * int(_MULTIPLIERS[1, 0, 0])
+    product[0, 0].reshape(rows, groups)[...] = np.arange(groups, dtype=np.uint64) * _MULTIPLIERS[0]
+    product[0, 1] = (first_row >> 32) * int(_MULTIPLIERS[1, 0])
     first_low = first_row & _LOW
-    even[0] = np.arange(first_low, first_low + rows).reshape(rows, 1)
+    even[0].reshape(rows, groups)[...] = np.arange(first_low, first_low + rows)[:, None]
     even[1] = 0
     even ^= high[0]
     even ^= keys[:, 0]
@@ -77,8 +77,9 @@ def _drop_rows(out: np.ndarray, first_row: int, key: int, limit: np.uint32) -> N
         np.bitwise_xor(high[now], low[before], out=even)
         even ^= keys[:, i]
     odd = low[(PHILOX_ROUNDS - 1) % 2]  # words 1 and 3
-    np.less(even, limit, out=out[..., 0::2].transpose(2, 0, 1))
-    np.less(odd, limit, out=out[..., 1::2].transpose(2, 0, 1))
+    lanes = out.reshape(n, 4).T
+    np.less(even, limit, out=lanes[0::2])
+    np.less(odd, limit, out=lanes[1::2])
 
 
 def dropout(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:

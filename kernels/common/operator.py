@@ -45,6 +45,5 @@ def autocast_inputs(device_type: str, *args: Any) -> tuple[Any, ...]:
     """The floating tensors among `args` in the dtype of the autocast in force, as for torch's own matrix products."""
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
-        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
-        for a in args
+        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a for a in args
     )

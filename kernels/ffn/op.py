@@ -67,7 +67,7 @@ class FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:  # type: ignore[override]
-        output = forward(*inputs, True)
+        output = forward(*inputs, True)  # type: ignore[call-arg]
         _save(ctx, inputs, output)  # type: ignore[arg-type]
         return output[0]
 

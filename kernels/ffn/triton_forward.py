@@ -99,7 +99,7 @@ def linear_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, seed: Tensor | None, dropout_p: float,
     store_hidden: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Launch the kernel on ``x [rows, in]`` and ``weight [out, in]``: the result and, on request, the pre-activation."""
+    """Launch the kernel on ``x [rows, in]`` and ``weight [out, in]``: the result and maybe the pre-activation."""
     rows, inner = x.shape
     columns = weight.shape[0]
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 
+import fusenc
 import pytest
 import torch
 from tolerances import EMBEDDINGS, LOSS_CURVE, SAME_ALGORITHM
 from torch import nn
-
-import fusenc
 
 FAMILIES = ["bert", "roberta", "xlm-roberta", "camembert", "electra"]
 SENTENCES = [
@@ -85,7 +84,7 @@ def test_what_stays_is_reported():
     report = fusenc.fuse(nn.Linear(2, 2))
     assert not report.fused and "no encoder layer of a supported family" in report.left[""]
     for call in (fusenc.fuse, fusenc.unfuse):
-        with pytest.raises(TypeError, match="^model: expected an nn.Module, got int"):
+        with pytest.raises(TypeError, match=r"^model: expected an nn.Module, got int"):
             call(3)
 
 
@@ -249,7 +248,9 @@ def test_trains_like_the_unfused_model():
         optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=1e-3)
         losses = []
         for _ in range(10):
-            loss = nn.functional.cross_entropy(head(model(**batch()).last_hidden_state[:, 4]), torch.tensor([0, 1, 0, 1]))
+            loss = nn.functional.cross_entropy(
+                head(model(**batch()).last_hidden_state[:, 4]), torch.tensor([0, 1, 0, 1])
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
+from fusenc.kernels import attention
+from fusenc.packing import Packing, PaddedPacking
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import SAME_ALGORITHM
-
-from fusenc.kernels import attention
-from fusenc.packing import PaddedPacking, Packing
 
 
 @settings(max_examples=50, deadline=None)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 
+import fusenc
 import pytest
 import torch
 from tolerances import LOSS_CURVE, SAME_ALGORITHM, SAME_ALGORITHM_64
 from torch import nn
-
-import fusenc
 
 KPM = torch.zeros(3, 7, dtype=torch.bool)
 KPM[1, 4:] = True
@@ -152,7 +151,7 @@ def test_each_dropout_has_its_place(site, norm_first):
 )
 def test_bad_input_raises_what_torch_raises(call):
     theirs, ours = pair(batch_first=True)
-    with pytest.raises(Exception) as expected:  # noqa: PT011, B017 -- whatever torch raises
+    with pytest.raises(Exception) as expected:
         call(theirs)
     with pytest.raises(type(expected.value)) as got:
         call(ours)

@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import assert_contract
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from fusenc.kernels import add_norm, last_backend
 from fusenc.kernels.common import dropout
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytestmark = pytest.mark.kernel
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -66,7 +65,9 @@ def test_dropout_uses_the_documented_mask(device, dtype, dropout_p):
 
 def test_no_dropout_in_evaluation(device):
     x, r, w, b = tensors(5, 8, device)
-    torch.testing.assert_close(add_norm(x, r, w, b, dropout_p=0.9, training=False), add_norm(x, r, w, b), rtol=0, atol=0)
+    torch.testing.assert_close(
+        add_norm(x, r, w, b, dropout_p=0.9, training=False), add_norm(x, r, w, b), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,9 +76,7 @@ def test_sum_is_returned_and_differentiable(device, dtype):
         normed, total = add_norm(x, r, w, b, return_sum=True)
         return torch.cat([normed, total])
 
-    assert_contract(
-        kernel, lambda x, r, w, b: torch.cat([plain(x, r, w, b), x + r]), tensors(20, 50, device), dtype
-    )
+    assert_contract(kernel, lambda x, r, w, b: torch.cat([plain(x, r, w, b), x + r]), tensors(20, 50, device), dtype)
 
 
 def test_sum_without_residual_is_the_input(device):

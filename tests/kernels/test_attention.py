@@ -7,13 +7,12 @@ import math
 import pytest
 import torch
 from contract import assert_contract
+from fusenc.kernels import attention, last_backend
+from fusenc.kernels.common import dropout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import LEAST_GRADIENT
 from torch import Tensor
-
-from fusenc.kernels import attention, last_backend
-from fusenc.kernels.common import dropout
 
 pytestmark = pytest.mark.kernel
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

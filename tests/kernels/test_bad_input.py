@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from fusenc.kernels import add_norm, attention, ffn, get_backend, last_backend, set_backend, use_backend
 
 Q = torch.randn(2, 3, 5, 8)
@@ -115,7 +114,7 @@ def test_backend_can_be_forced_and_asked_for():
         with pytest.raises(RuntimeError, match="needs a CUDA or ROCm tensor"):
             attention(Q, Q, Q)
     assert get_backend() == "auto"
-    with pytest.raises(ValueError, match="^backend: expected one of auto, triton, eager"):
+    with pytest.raises(ValueError, match=r"^backend: expected one of auto, triton, eager"):
         set_backend("cuda")
 
 

@@ -6,7 +6,6 @@ import os
 
 import pytest
 import torch
-
 from fusenc.kernels import add_norm, attention, ffn
 
 pytestmark = pytest.mark.skipif(

@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import assert_contract
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from fusenc.kernels import ffn, last_backend
 from fusenc.kernels.common import dropout
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytestmark = pytest.mark.kernel
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -33,9 +32,7 @@ def plain(activation="gelu"):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_activations(device, backend, dtype, activation):
-    assert_contract(
-        lambda *t: ffn(*t, activation=activation), plain(activation), tensors(70, 48, 150, device), dtype
-    )
+    assert_contract(lambda *t: ffn(*t, activation=activation), plain(activation), tensors(70, 48, 150, device), dtype)
     assert last_backend() == backend
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerances import SAME_ALGORITHM
-
 from fusenc.kernels import add_norm, attention, ffn
 from fusenc.kernels.add_norm.op import add_norm_operator
 from fusenc.kernels.attention.op import attention_operator
 from fusenc.kernels.ffn.op import ffn_operator
+from tolerances import SAME_ALGORITHM
 
 SEED = torch.tensor([5])
 
@@ -19,7 +18,14 @@ def randn(*shape, dtype=torch.float32):
 
 
 def attention_arguments(dtype=torch.float32, mask=None, seed=None):
-    return (*(randn(2, 3, n, 8, dtype=dtype) for n in (5, 7, 7)), mask, seed, 0.3 if seed is not None else 0.0, False, 0.4)
+    return (
+        *(randn(2, 3, n, 8, dtype=dtype) for n in (5, 7, 7)),
+        mask,
+        seed,
+        0.3 if seed is not None else 0.0,
+        False,
+        0.4,
+    )
 
 
 KEEP = torch.arange(7) < torch.tensor([[7], [0]])
@@ -74,7 +80,9 @@ CALLS = {
         lambda q, k, v: attention(q, k, v, KEEP[:, None, None, :], dropout_p=0.2, return_lse=True),
         [(2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)],
     ),
-    "attention, causal": (lambda q, k, v: attention(q, k, v, is_causal=True), [(1, 2, 5, 4), (1, 2, 7, 4), (1, 2, 7, 3)]),
+    "attention, causal": (
+        lambda q, k, v: attention(q, k, v, is_causal=True), [(1, 2, 5, 4), (1, 2, 7, 4), (1, 2, 7, 3)],
+    ),
     "attention, mask with gradient": (
         lambda q, k, v, bias: attention(q, k, v, bias), [(1, 2, 5, 4), (1, 2, 7, 4), (1, 2, 7, 3), (2, 1, 7)],
     ),
@@ -90,8 +98,8 @@ CALLS = {
 def test_gradcheck_in_float64(name):
     call, shapes = CALLS[name]
     inputs = [randn(*shape, dtype=torch.float64) for shape in shapes]
-    if name.startswith("attention") and KEEP is not None and "mask" not in name and "causal" not in name:
-        out, lse = seeded(call)(*inputs)
+    if name == "attention":  # some of its rows have log-sum-exp -inf, which finite differences cannot take
+        lse = seeded(call)(*inputs)[1]
         assert lse.dtype == torch.float64
         assert torch.autograd.gradcheck(lambda *t: seeded(call)(*t)[0], inputs)
     else:
@@ -101,10 +109,10 @@ def test_gradcheck_in_float64(name):
 @pytest.mark.parametrize("operator", ["attention", "add_norm", "ffn"])
 def test_backward_formula_agrees_with_autograd(operator):
     """The operator's own backward formula against autograd through the eager path, dropout on."""
-    cases, op, call = {
-        "attention": (ATTENTION, attention_operator, None),
-        "add_norm": (ADD_NORM, add_norm_operator, None),
-        "ffn": (FFN, ffn_operator, None),
+    cases, op = {
+        "attention": (ATTENTION, attention_operator),
+        "add_norm": (ADD_NORM, add_norm_operator),
+        "ffn": (FFN, ffn_operator),
     }[operator]
     from fusenc.kernels.add_norm import eager as add_norm_eager
     from fusenc.kernels.attention import eager as attention_eager
