@@ -32,11 +32,11 @@ def delta_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     inside = (rows < len_q)[:, None] & (offs_dv < VALUE_DIM)[None, :]
     out = tl.load(
-        out_ptr + b * stride_ob + h * stride_oh + rows[:, None] * stride_om + offs_dv[None, :] * stride_od,
+        out_ptr + b * stride_ob + h * stride_oh + rows[:, None] * stride_om + offs_dv.to(tl.int64)[None, :] * stride_od,
         mask=inside, other=0.0,
     )  # fmt: skip
     dout = tl.load(
-        dout_ptr + b * stride_gb + h * stride_gh + rows[:, None] * stride_gm + offs_dv[None, :] * stride_gd,
+        dout_ptr + b * stride_gb + h * stride_gh + rows[:, None] * stride_gm + offs_dv.to(tl.int64)[None, :] * stride_gd,
         mask=inside, other=0.0,
     )  # fmt: skip
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
@@ -123,14 +123,14 @@ def attention_dkdv_kernel(
     m64 = offs_m.to(tl.int64)[:, None]
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    q_ptrs = q_ptr + b * stride_qb + h * stride_qh + m64 * stride_qm + offs_d[None, :] * stride_qd
-    dout_ptrs = dout_ptr + b * stride_gb + h * stride_gh + m64 * stride_gm + offs_dv[None, :] * stride_gd
+    q_ptrs = q_ptr + b * stride_qb + h * stride_qh + m64 * stride_qm + offs_d.to(tl.int64)[None, :] * stride_qd
+    dout_ptrs = dout_ptr + b * stride_gb + h * stride_gh + m64 * stride_gm + offs_dv.to(tl.int64)[None, :] * stride_gd
     mask_ptr += b * stride_mb + h * stride_mh
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     inside = (columns < len_k)[:, None]
-    k_ptrs = k_ptr + b * stride_kb + h * stride_kh + n64 * stride_kn + offs_d[None, :] * stride_kd
-    v_ptrs = v_ptr + b * stride_vb + h * stride_vh + n64 * stride_vn + offs_dv[None, :] * stride_vd
+    k_ptrs = k_ptr + b * stride_kb + h * stride_kh + n64 * stride_kn + offs_d.to(tl.int64)[None, :] * stride_kd
+    v_ptrs = v_ptr + b * stride_vb + h * stride_vh + n64 * stride_vn + offs_dv.to(tl.int64)[None, :] * stride_vd
     k = load_block(k_ptrs, inside, (offs_d < HEAD_DIM)[None, :], True, HEAD_DIM != BLOCK_D)
     v = load_block(v_ptrs, inside, (offs_dv < VALUE_DIM)[None, :], True, VALUE_DIM != BLOCK_DV)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -173,8 +173,8 @@ def attention_dkdv_kernel(
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
-    dk_ptrs = dk_ptr + b * stride_dkb + h * stride_dkh + n64 * stride_dkn + offs_d[None, :] * stride_dkd
-    dv_ptrs = dv_ptr + b * stride_dvb + h * stride_dvh + n64 * stride_dvn + offs_dv[None, :] * stride_dvd
+    dk_ptrs = dk_ptr + b * stride_dkb + h * stride_dkh + n64 * stride_dkn + offs_d.to(tl.int64)[None, :] * stride_dkd
+    dv_ptrs = dv_ptr + b * stride_dvb + h * stride_dvh + n64 * stride_dvn + offs_dv.to(tl.int64)[None, :] * stride_dvd
     dk = (dk * softmax_scale).to(dk_ptr.dtype.element_ty)
     tl.store(dk_ptrs, dk, mask=inside & (offs_d < HEAD_DIM)[None, :])
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=inside & (offs_dv < VALUE_DIM)[None, :])
@@ -237,14 +237,14 @@ def attention_dq_kernel(
     n64 = offs_n.to(tl.int64)[:, None]
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    k_ptrs = k_ptr + b * stride_kb + h * stride_kh + n64 * stride_kn + offs_d[None, :] * stride_kd
-    v_ptrs = v_ptr + b * stride_vb + h * stride_vh + n64 * stride_vn + offs_dv[None, :] * stride_vd
+    k_ptrs = k_ptr + b * stride_kb + h * stride_kh + n64 * stride_kn + offs_d.to(tl.int64)[None, :] * stride_kd
+    v_ptrs = v_ptr + b * stride_vb + h * stride_vh + n64 * stride_vn + offs_dv.to(tl.int64)[None, :] * stride_vd
     mask_ptr += b * stride_mb + h * stride_mh
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     inside = (rows < len_q)[:, None]
-    q_ptrs = q_ptr + b * stride_qb + h * stride_qh + m64 * stride_qm + offs_d[None, :] * stride_qd
-    dout_ptrs = dout_ptr + b * stride_gb + h * stride_gh + m64 * stride_gm + offs_dv[None, :] * stride_gd
+    q_ptrs = q_ptr + b * stride_qb + h * stride_qh + m64 * stride_qm + offs_d.to(tl.int64)[None, :] * stride_qd
+    dout_ptrs = dout_ptr + b * stride_gb + h * stride_gh + m64 * stride_gm + offs_dv.to(tl.int64)[None, :] * stride_gd
     q = load_block(q_ptrs, inside, (offs_d < HEAD_DIM)[None, :], True, HEAD_DIM != BLOCK_D)
     dout = load_block(dout_ptrs, inside, (offs_dv < VALUE_DIM)[None, :], True, VALUE_DIM != BLOCK_DV)
     flat = head.to(tl.int64) * len_q + rows
@@ -272,7 +272,7 @@ def attention_dq_kernel(
         BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
-    dq_ptrs = dq_ptr + b * stride_dqb + h * stride_dqh + m64 * stride_dqm + offs_d[None, :] * stride_dqd
+    dq_ptrs = dq_ptr + b * stride_dqb + h * stride_dqh + m64 * stride_dqm + offs_d.to(tl.int64)[None, :] * stride_dqd
     dq = (dq * softmax_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptrs, dq, mask=inside & (offs_d < HEAD_DIM)[None, :])
 

@@ -78,13 +78,25 @@ def attention_forward_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     q_ptrs = (
-        q_ptr + b * stride_qb + h * stride_qh + rows.to(tl.int64)[:, None] * stride_qm + offs_d[None, :] * stride_qd
+        q_ptr
+        + b * stride_qb
+        + h * stride_qh
+        + rows.to(tl.int64)[:, None] * stride_qm
+        + offs_d.to(tl.int64)[None, :] * stride_qd
     )
     k_ptrs = (
-        k_ptr + b * stride_kb + h * stride_kh + offs_n.to(tl.int64)[None, :] * stride_kn + offs_d[:, None] * stride_kd
+        k_ptr
+        + b * stride_kb
+        + h * stride_kh
+        + offs_n.to(tl.int64)[None, :] * stride_kn
+        + offs_d.to(tl.int64)[:, None] * stride_kd
     )
     v_ptrs = (
-        v_ptr + b * stride_vb + h * stride_vh + offs_n.to(tl.int64)[:, None] * stride_vn + offs_dv[None, :] * stride_vd
+        v_ptr
+        + b * stride_vb
+        + h * stride_vh
+        + offs_n.to(tl.int64)[:, None] * stride_vn
+        + offs_dv.to(tl.int64)[None, :] * stride_vd
     )
     mask_ptr += b * stride_mb + h * stride_mh
     seed = tl.load(seed_ptr) if DROPOUT else 0
@@ -120,7 +132,11 @@ def attention_forward_kernel(
     out = acc / tl.where(empty, 1.0, row_sum)[:, None]
     lse = tl.where(empty, float("-inf"), row_max * LN2 + tl.log(tl.where(empty, 1.0, row_sum)))
     out_ptrs = (
-        out_ptr + b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_om + offs_dv[None, :] * stride_od
+        out_ptr
+        + b * stride_ob
+        + h * stride_oh
+        + rows.to(tl.int64)[:, None] * stride_om
+        + offs_dv.to(tl.int64)[None, :] * stride_od
     )
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(rows < len_q)[:, None] & (offs_dv < VALUE_DIM)[None, :])
     tl.store(lse_ptr + random_rows, lse, mask=rows < len_q)

@@ -44,7 +44,8 @@ def on_device_of(x: Tensor) -> Any:
 
 def input_precision() -> str:
     """How float32 dot products round: IEEE, or TF32 where torch's own switch allows it."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not allow_tf32: reading that raises once a program has used the newer switch.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def power_of_2(n: int) -> int:
