@@ -31,14 +31,11 @@ def delta_kernel(
     rows = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_dv = tl.arange(0, BLOCK_DV)
     inside = (rows < len_q)[:, None] & (offs_dv < VALUE_DIM)[None, :]
-    out = tl.load(
-        out_ptr + b * stride_ob + h * stride_oh + rows[:, None] * stride_om + offs_dv.to(tl.int64)[None, :] * stride_od,
-        mask=inside, other=0.0,
-    )  # fmt: skip
-    dout = tl.load(
-        dout_ptr + b * stride_gb + h * stride_gh + rows[:, None] * stride_gm + offs_dv.to(tl.int64)[None, :] * stride_gd,
-        mask=inside, other=0.0,
-    )  # fmt: skip
+    dims = offs_dv.to(tl.int64)[None, :]
+    out_at = out_ptr + b * stride_ob + h * stride_oh + rows[:, None] * stride_om + dims * stride_od
+    dout_at = dout_ptr + b * stride_gb + h * stride_gh + rows[:, None] * stride_gm + dims * stride_gd
+    out = tl.load(out_at, mask=inside, other=0.0)
+    dout = tl.load(dout_at, mask=inside, other=0.0)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     flat = head.to(tl.int64) * len_q + rows
     if HAS_DLSE:

@@ -28,7 +28,8 @@ SAME_ALGORITHM_64 = 1e-12
 """The same in float64."""
 
 HALF_PRECISION = 4e-3
-"""float16 results of size up to 4 against float32: two eps of 1e-3 times 2 (one rounding of inputs, one of the result)."""
+"""float16 results of size up to 4 against float32: two roundings of eps 1e-3, of the inputs and of
+the result, times 2."""
 
 EMBEDDINGS = 1e-5
 """Sentence embeddings of unit length, fused against unfused, float32 (issue: embeddings differ by less than this)."""
