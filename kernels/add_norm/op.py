@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..common import backend, operator
 from . import eager
@@ -55,7 +54,7 @@ class AddNorm(torch.autograd.Function):
         return out, total
 
     @staticmethod
-    @once_differentiable
+    @operator.first_derivative
     def backward(ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         total, weight, mean, rstd, seed = ctx.saved_tensors
         dout = torch.zeros_like(total) if dout is None else dout

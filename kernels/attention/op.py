@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..common import backend, operator
 from . import eager
@@ -62,7 +61,7 @@ class Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @operator.first_derivative
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return _gradients(ctx, backward, dout, dlse)
 

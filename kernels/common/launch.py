@@ -1,4 +1,4 @@
-"""What a launcher needs to know about the device: its compute units, its shared memory, the current device."""
+"""What a launcher needs to know about the device: its compute units, its precision, which one is current."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-# Shared memory one program may use, in bytes, by compute capability (CUDA C++ programming guide,
-# "Technical specifications per compute capability"). AMD's LDS is 64 KiB on every supported chip.
-_SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-_LEAST_SHARED_MEMORY = 65536
 
 # Triton 3.10 changes the default of this option, so it is said: a multiply and an add may become one instruction.
 COMPILE_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
@@ -24,15 +19,6 @@ def compute_units(index: int | None) -> int:
     if not torch.cuda.is_available():
         return 4
     return int(torch.cuda.get_device_properties(index or 0).multi_processor_count)
-
-
-@functools.cache
-def shared_memory(index: int | None) -> int:
-    """Bytes of shared memory one program may use on a device."""
-    if torch.version.hip or not torch.cuda.is_available():
-        return _LEAST_SHARED_MEMORY
-    major, minor = torch.cuda.get_device_capability(index or 0)
-    return _SHARED_MEMORY.get(10 * major + minor, _LEAST_SHARED_MEMORY)
 
 
 def on_device_of(x: Tensor) -> Any:

@@ -1,7 +1,8 @@
-"""Registration of the ``torch.library`` operators that ``torch.compile`` sees, and the autocast rule."""
+"""What every family's wiring shares: operators of ``torch.library``, the autocast rule, first derivatives only."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,3 +48,34 @@ def autocast_inputs(device_type: str, *args: Any) -> tuple[Any, ...]:
     return tuple(
         a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a for a in args
     )
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """A gradient as it is, which raises when it is differentiated itself."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *unused: Any) -> Any:  # type: ignore[override]
+        raise RuntimeError("fusenc's kernels have a first derivative only; use plain PyTorch where a second is needed")
+
+
+def first_derivative(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """For an autograd function's backward: its gradients raise when they are differentiated.
+
+    `torch.autograd.function.once_differentiable` raises only if the incoming gradient is itself differentiable;
+    otherwise its result is a constant, and a gradient penalty would add nothing without a word.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        depends_on = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        return tuple(None if r is None else _NoSecondDerivative.apply(r, *depends_on) for r in results)
+
+    return wrapped

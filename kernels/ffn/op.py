@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..common import backend, operator
 from . import eager
@@ -72,7 +71,7 @@ class FeedForward(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable
+    @operator.first_derivative
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return (*_gradients(ctx, backward, dout), None, None, None)
 

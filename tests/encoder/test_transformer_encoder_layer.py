@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 
+import contract
 import fusenc
 import pytest
 import torch
+from contract import output_and_gradients
 from tolerances import LOSS_CURVE, SAME_ALGORITHM, SAME_ALGORITHM_64
 from torch import nn
 
@@ -45,14 +47,9 @@ def assert_same(theirs, ours, *args, tolerance=SAME_ALGORITHM, keep=None, **kwar
     assert ours.why_not_fused() == ""
     results = []
     for layer in (theirs, ours):
-        layer.zero_grad()
         out = layer(*args, **kwargs)
-        counted = out if keep is None else out[keep]
-        counted.pow(2).sum().backward()
-        results.append([counted.detach(), *(p.grad for p in layer.parameters())])
-    for expected, got in zip(*results, strict=True):
-        limit = tolerance * max(float(expected.abs().max()), 1e-3)
-        torch.testing.assert_close(got, expected, rtol=0, atol=limit)
+        results.append(output_and_gradients(out if keep is None else out[keep], list(layer.parameters())))
+    contract.assert_same(results[1], results[0], tolerance)
 
 
 @pytest.mark.parametrize("mask", list(MASKS))

@@ -50,6 +50,27 @@ def _compare(
     assert error <= allowed, f"{what}: error {error:.3e} is above {allowed:.3e}"
 
 
+def output_and_gradients(out: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """`out` and the gradients of a random linear function of it.
+
+    Random, because after a LayerNorm the sum and the sum of squares are constants: their gradients are rounding alone.
+    """
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
+
+
+def assert_same(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    """Hold results of `output_and_gradients` to each other, relative to the largest output and the largest gradient.
+
+    Of all gradients, since some are 0 by nature (that of a key's bias) and keep the rounding of the others.
+    """
+    largest = max(_largest(t) for t in expected[1:])
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        limit = tolerance * (largest if i else _largest(b))
+        what = f"gradient {i - 1}" if i else "output"
+        torch.testing.assert_close(a, b, rtol=0, atol=limit, msg=lambda text, what=what: f"{what}: {text}")
+
+
 def _largest(t: Tensor) -> float:
     finite = t.masked_fill(t.isinf() | t.isnan(), 0.0) if not t.isfinite().all() else t
     return float(finite.abs().max()) if t.numel() else 0.0
