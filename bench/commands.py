@@ -60,3 +60,79 @@ def bench(
     if suite not in (*SUITES, "all"):
         raise _fail(f"unknown suite {suite!r}, expected one of {', '.join((*SUITES, 'all'))}")
     run(list(SUITES) if suite == "all" else [suite], json, threads, rounds)
+
+
+@app.command()
+def inspect(
+    kernels: Annotated[
+        list[str] | None, typer.Argument(help="Shipped kernels (with --traffic: functions); all if none is given.")
+    ] = None,
+    arch: Annotated[str, typer.Option(help="Chips, comma-separated, or all.")] = "sm_80,sm_90",
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with tables and plots to this file.")] = None,
+    traffic: Annotated[
+        bool, typer.Option("--traffic", help="Count memory traffic under Triton's interpreter instead.")
+    ] = False,
+    launches: Annotated[bool, typer.Option("--launches", help="Count a layer's kernels instead.")] = False,
+    update_budget: Annotated[bool, typer.Option("--update-budget", help="Rewrite the committed budget.")] = False,
+) -> None:
+    """Read registers, spills, occupancy, instruction mix and speed bounds from machine code; no GPU is needed."""
+    from .machine_code import chips, command
+
+    archs = list(chips.chips()) if arch == "all" else arch.split(",")
+    try:
+        if launches:
+            status = command.run_launches()
+        elif traffic:
+            status = command.run_traffic(kernels or [], json)
+        else:
+            status = command.run(kernels or [], archs, json, html, update_budget)
+    except ValueError as error:
+        raise _fail(str(error)) from None
+    raise typer.Exit(status)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def verify(
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(help="Functions of fusenc.kernels (all if none), or a script of your own and its arguments."),
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+) -> None:
+    """Search Triton kernels for overruns, races and unwritten memory; no GPU is needed."""
+    from .verify import VerifyError, run
+
+    try:
+        status = run(targets or [], markdown)
+    except VerifyError as error:
+        raise _fail(str(error)) from None
+    raise typer.Exit(status)
+
+
+@app.command()
+def roofline(
+    model: Annotated[
+        str, typer.Option(help="bert-base, bert-large, roberta-base, minilm-l6, vit-b or vit-l.")
+    ] = "bert-base",
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 32,
+    seq: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
+    gpu: Annotated[str, typer.Option(help="Chips, comma-separated.")] = "a100,h100",
+    layers: Annotated[int | None, typer.Option(help="Another number of layers than the model's.")] = None,
+    d_model: Annotated[int | None, typer.Option(help="Another width.")] = None,
+    nhead: Annotated[int | None, typer.Option(help="Another number of heads.")] = None,
+    dim_feedforward: Annotated[int | None, typer.Option(help="Another hidden width.")] = None,
+    launch_us: Annotated[float, typer.Option(min=0.0, help="Host time of a launch, microseconds.")] = 4.0,
+    details: Annotated[bool, typer.Option("--details", help="Every kernel.")] = False,
+) -> None:
+    """Bound the time of a training layer by the chips' published peaks: eager, SDPA, compiled and fused."""
+    from .roofline import MODELS, Shape, run
+
+    if model not in MODELS:
+        raise _fail(f"unknown model {model!r}, expected one of {', '.join(MODELS)}")
+    given = {"layers": layers, "d_model": d_model, "nhead": nhead, "dim_feedforward": dim_feedforward}
+    shape = Shape(**{name: getattr(MODELS[model], name) if value is None else value for name, value in given.items()})
+    try:
+        run(shape, batch, seq, gpu.split(","), launch_us, details)
+    except ValueError as error:
+        raise _fail(str(error)) from None

@@ -14,41 +14,56 @@ from ..common.triton_blocks import dropout_keep
 @triton.jit
 def add_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, out_ptr, sum_ptr, mean_ptr, rstd_ptr,
-    stride_x, stride_r, rows, width, eps, dropout_threshold, keep_scale,
+    stride_x, stride_r, rows, width, rows_per_program, eps, dropout_threshold, keep_scale,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     STORE_SUM: tl.constexpr, STORE_STATISTICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # One program normalises BLOCK_M whole rows, held in registers: it reads x and residual once and writes
-    # the result once (and the sum and two statistics per row where they are needed later).
+    # One program walks over rows_per_program neighbouring rows, BLOCK_M whole rows at a time in registers. It reads
+    # x and residual once and writes the result once (and the sum and two statistics per row where they are needed
+    # later); weight and bias are read once a program.
     #   z = residual + dropout(x)    out = (z - mean) * rstd * weight + bias    rstd = 1 / sqrt(var + eps)
     # The variance is the mean square of the centred row: no cancellation (Ba et al., 2016, equation 3).
-    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
-    inside = (offs_m < rows)[:, None] & (offs_n < width)[None, :]
-    z = tl.load(x_ptr + offs_m[:, None] * stride_x + offs_n[None, :], mask=inside, other=0.0).to(tl.float32)  # [BM, BN]
-    if DROPOUT:
-        keep = dropout_keep(tl.load(seed_ptr), offs_m, 0, dropout_threshold, BLOCK_N)
-        z = tl.where(keep, z * keep_scale, 0.0)
-    if HAS_RESIDUAL:
-        z += tl.load(residual_ptr + offs_m[:, None] * stride_r + offs_n[None, :], mask=inside, other=0.0).to(tl.float32)
-    # As the sum is stored: the backward pass reads it back, and a row that is constant then must be so now.
-    z = z.to(out_ptr.dtype.element_ty).to(tl.float32)
-    if STORE_SUM:
-        z_ptrs = sum_ptr + offs_m[:, None] * width + offs_n[None, :]
-        tl.store(z_ptrs, z.to(sum_ptr.dtype.element_ty), mask=inside)
-
-    mean = tl.sum(z, 1) / width
-    centred = tl.where((offs_n < width)[None, :], z - mean[:, None], 0.0)
-    rstd = tl.math.rsqrt(tl.sum(centred * centred, 1) / width + eps)
-    out = centred * rstd[:, None]
+    column_ok = offs_n < width
     if HAS_WEIGHT:
-        out *= tl.load(weight_ptr + offs_n, mask=offs_n < width, other=0.0).to(tl.float32)[None, :]
+        weight = tl.load(weight_ptr + offs_n, mask=column_ok, other=0.0)[None, :]
     if HAS_BIAS:
-        out += tl.load(bias_ptr + offs_n, mask=offs_n < width, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_ptr + offs_m[:, None] * width + offs_n[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
-    if STORE_STATISTICS:
-        tl.store(mean_ptr + offs_m, mean, mask=offs_m < rows)
-        tl.store(rstd_ptr + offs_m, rstd, mask=offs_m < rows)
+        bias = tl.load(bias_ptr + offs_n, mask=column_ok, other=0.0)[None, :]
+    first = tl.program_id(0).to(tl.int64) * rows_per_program
+    last = tl.minimum(first + rows_per_program, rows)
+    for start in range(first, last, BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        row_ok = offs_m < last
+        inside = row_ok[:, None] & column_ok[None, :]
+        z = tl.load(x_ptr + offs_m[:, None] * stride_x + offs_n[None, :], mask=inside, other=0.0).to(tl.float32)
+        if DROPOUT:
+            keep = dropout_keep(tl.load(seed_ptr), offs_m, 0, dropout_threshold, BLOCK_N)
+            z = tl.where(keep, z * keep_scale, 0.0)
+        if HAS_RESIDUAL:
+            r_ptrs = residual_ptr + offs_m[:, None] * stride_r + offs_n[None, :]
+            z += tl.load(r_ptrs, mask=inside, other=0.0).to(tl.float32)
+        # As the sum is stored: the backward pass reads it back, and a row that is constant then must be so now.
+        z = z.to(out_ptr.dtype.element_ty).to(tl.float32)  # [BM, BN]
+        offsets = offs_m[:, None] * width + offs_n[None, :]
+        if STORE_SUM:
+            tl.store(sum_ptr + offsets, z.to(sum_ptr.dtype.element_ty), mask=inside)
+
+        mean = tl.sum(z, 1) / width
+        centred = tl.where(column_ok[None, :], z - mean[:, None], 0.0)
+        rstd = tl.math.rsqrt(tl.sum(centred * centred, 1) / width + eps)
+        out = centred * rstd[:, None]
+        if HAS_WEIGHT:
+            out *= weight.to(tl.float32)
+        if HAS_BIAS:
+            out += bias.to(tl.float32)
+        tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
+        if STORE_STATISTICS:
+            tl.store(mean_ptr + offs_m, mean, mask=row_ok)
+            tl.store(rstd_ptr + offs_m, rstd, mask=row_ok)
+
+
+# Enough programs to fill every unit with warps; with more rows than that each program takes more of them.
+_PROGRAMS_PER_UNIT = 8
 
 
 def block_shape(width: int) -> tuple[int, int, int]:
@@ -79,12 +94,14 @@ def add_norm_forward(
     if out.numel() == 0:
         return out, total, mean, rstd
     block_m, block_n, num_warps = block_shape(width)
+    most = _PROGRAMS_PER_UNIT * launch.compute_units(x.device.index)
+    rows_per_program = triton.cdiv(triton.cdiv(rows, most), block_m) * block_m
     with launch.on_device_of(x):
-        add_norm_forward_kernel[(triton.cdiv(rows, block_m),)](
+        add_norm_forward_kernel[(triton.cdiv(rows, rows_per_program),)](
             flat_x, flat_r, out if weight is None else weight.contiguous(), out if bias is None else bias.contiguous(),
             out if seed is None else seed, out, out if total is None else total,
             out if mean is None else mean, out if rstd is None else rstd,
-            flat_x.stride(0), flat_r.stride(0), rows, width, eps,
+            flat_x.stride(0), flat_r.stride(0), rows, width, rows_per_program, eps,
             dropout.threshold(dropout_p), dropout.keep_scale(dropout_p),
             HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
             DROPOUT=seed is not None, STORE_SUM=store_sum, STORE_STATISTICS=store_statistics,

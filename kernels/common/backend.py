@@ -39,7 +39,10 @@ def _warn_no_triton() -> None:
 
 def autocast_enabled(x: Tensor) -> bool:
     """True if an autocast for the device of `x` is in force. (`x.device.type` alone would cost twice as much.)"""
-    return torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type)
+    if x.is_cpu or x.is_cuda:
+        return torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
+    device_type = x.device.type  # of which there are some that know no autocast, such as meta
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def use_triton(x: Tensor) -> bool:

@@ -43,6 +43,8 @@ def drop_mask(seed: Tensor, shape: torch.Size, dropout_p: float) -> Tensor:
 
     In NumPy, whose unsigned integers are exact here and whose calls are several times cheaper than torch's.
     """
+    if seed.is_meta:
+        return torch.empty(shape, dtype=torch.bool, device="meta")
     columns = shape[-1]
     rows = shape.numel() // columns if columns else 0
     groups = (columns + 3) // 4

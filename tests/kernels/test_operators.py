@@ -187,3 +187,11 @@ def test_autocast(dtype):
         assert normed.dtype == torch.float32
     torch.testing.assert_close(normed, torch.nn.functional.layer_norm(x.to(dtype) + x, (8,), w, b))
     assert attention(q, q, q).dtype == torch.float32
+
+
+def test_meta_tensors_give_shapes_without_memory():
+    q = torch.empty(2, 3, 5, 8, device="meta", requires_grad=True)
+    x, w = torch.empty(4, 8, device="meta"), torch.empty(8, 8, device="meta")
+    attention(q, q, q, dropout_p=0.1).sum().backward()
+    assert q.grad.shape == q.shape and q.grad.is_meta
+    assert add_norm(x, x, w[0], w[0], dropout_p=0.1).is_meta and ffn(x, w, None, w, None, dropout_p=0.1).is_meta

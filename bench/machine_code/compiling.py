@@ -1,4 +1,4 @@
-"""Compile the kernels that a call would launch, for any chip, on a machine without a GPU."""
+"""Record the kernels that a call would launch, and compile them for any chip, on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -16,18 +16,10 @@ import torch
 import triton
 from fusenc.kernels.common import backend, launch
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-SHARED_MEMORY = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "gfx942": 65536}
-"""Bytes of shared memory that one program may use (CUDA programming guide; LDS of CDNA 3)."""
+from .chips import Chip
 
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
@@ -46,19 +38,21 @@ class Launch:
     divisible: list[str]
     options: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return self.kernel.__name__
 
-@dataclass
-class Resources:
-    """What a compiled kernel needs. Spills are bytes of local memory a thread, stack included."""
-
-    registers: int
-    spilled: int
-    shared: int
+    @property
+    def identity(self) -> str:
+        """What the machine code depends on besides the chip and the compiler: source, signature, constants, options."""
+        parts = (self.name, self.kernel.cache_key, self.signature, self.constants, self.divisible, self.options)
+        return repr(parts)
 
 
 @contextlib.contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Inside, the library takes the GPU path with CPU tensors, and launches are recorded instead of run.
+    """Inside, the library takes the GPU path with tensors of any device, and launches are recorded instead of run.
 
     Outputs are what `torch.empty` left in memory, so only the launches mean anything.
     """
@@ -101,14 +95,29 @@ def _recorded(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
     return Launch(kernel, signature, constants, divisible, options)
 
 
-def compile_ahead(recorded: Launch, arch: str) -> Resources:
-    """Compile one recorded launch for `arch` (a key of TARGETS) down to machine code.
+@dataclass
+class Compiled:
+    """What the compiler made of a kernel: its machine code and what it says of its resources."""
+
+    code: str
+    """SASS (NVIDIA) or the compiler's assembly (AMD)."""
+    registers: int
+    """32-bit registers of a thread."""
+    spilled: int
+    """Bytes of local memory a thread, stack included."""
+    shared: int
+    """Bytes of shared memory a block, static and dynamic."""
+    warps: int
+    dot: bool
+    """Whether the kernel has dot products (``tl.dot``)."""
+
+
+def compile_for(recorded: Launch, chip: Chip) -> Compiled:
+    """Compile one recorded launch for a chip, down to machine code; no GPU is needed.
 
     Raises:
-        ValueError: an unknown arch.
+        Exception: whatever Triton or the assembler raises for a kernel that does not compile.
     """
-    if arch not in TARGETS:
-        raise ValueError(f"arch: expected one of {', '.join(TARGETS)}, got {arch!r}")
     index = recorded.kernel.arg_names.index
     source = ASTSource(
         recorded.kernel,
@@ -116,25 +125,27 @@ def compile_ahead(recorded: Launch, arch: str) -> Resources:
         {(index(name),): value for name, value in recorded.constants.items()},
         {(index(name),): [["tt.divisibility", 16]] for name in recorded.divisible},
     )
-    compiled = triton.compile(source, target=TARGETS[arch], options=recorded.options)
-    shared = int(compiled.metadata.shared)
+    compiled = triton.compile(source, target=chip.gpu_target, options=recorded.options)
+    warps = int(compiled.metadata.num_warps)
+    dot = "tt.dot" in compiled.asm["ttir"]
     if "cubin" in compiled.asm:
-        registers, spilled = _nvidia_resources(compiled.asm["cubin"])
-    else:
-        registers, spilled = _amd_resources(compiled.asm["amdgcn"])
-    return Resources(registers, spilled, shared)
+        usage, code = _dump(compiled.asm["cubin"])
+        # With descriptors or tcgen05 more than one line speaks of the kernel; the largest is its own.
+        found = {key: max(int(v) for k, v in usage if k == key) for key in {k for k, _ in usage}}
+        shared = max(int(compiled.metadata.shared), found.get("SHARED", 0))
+        return Compiled(code, found["REG"], found["STACK"] + found["LOCAL"], shared, warps, dot)
+    code = compiled.asm["amdgcn"]
+    stated = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", code)}
+    return Compiled(
+        code, stated["vgpr_count"], stated["private_segment_fixed_size"], int(compiled.metadata.shared), warps, dot
+    )
 
 
-def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+def _dump(cubin: bytes) -> tuple[list[tuple[str, str]], str]:
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        text = subprocess.run([tool, "--dump-resource-usage", file], check=True, capture_output=True, text=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
-
-
-def _amd_resources(assembly: str) -> tuple[int, int]:
-    found = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly)}
-    return found["vgpr_count"], found["private_segment_fixed_size"]
+        command = [tool, "--dump-resource-usage", "--dump-sass", file]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text), text

@@ -1,0 +1,117 @@
+"""Memory traffic under the interpreter, and the kernels held to what they must move."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+pytestmark = [pytest.mark.kernel, pytest.mark.interpreter]
+
+
+@pytest.fixture(autouse=True)
+def _interpreted():
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("counts accesses of the interpreter: run with TRITON_INTERPRET=1 --device interpreter")
+
+
+@pytest.fixture(scope="module")
+def passes():
+    from fusenc.bench import traffic
+
+    return {p.name: p for p in traffic.passes()}
+
+
+@triton.jit
+def copy_kernel(x_ptr, out_ptr, n, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets * STEP, mask=offsets < n)
+    tl.store(out_ptr + offsets, x, mask=offsets < n)
+
+
+@triton.jit
+def sum_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.atomic_add(out_ptr, tl.sum(tl.load(x_ptr + offsets, mask=offsets < n, other=0.0), 0))
+
+
+@pytest.mark.parametrize(("step", "sectors"), [(1, 13), (8, 100)], ids=["dense", "every eighth element"])
+def test_bytes_of_a_copy_are_exact(step, sectors):
+    from fusenc.bench.traffic import count_traffic
+
+    x, out = torch.zeros(1024), torch.zeros(100)
+    assert x.data_ptr() % 32 == 0
+    with count_traffic() as launches:
+        copy_kernel[(1,)](x, out, 100, step, 128)
+    (launch,) = launches
+    read, written = launch.arguments["x_ptr"], launch.arguments["out_ptr"]
+    assert launch.kernel == "copy_kernel" and launch.dot_flops == 0
+    assert (read.loaded, read.loaded_once, read.load_sectors, read.stored) == (400, 400, sectors, 0)
+    assert (written.stored, written.stored_once, written.loaded) == (400, 400, 0)
+
+
+def test_two_programs_that_read_the_same_are_counted_twice():
+    from fusenc.bench.traffic import count_traffic
+
+    x, out = torch.zeros(100), torch.zeros(1)
+    with count_traffic() as launches:
+        sum_kernel[(3,)](x, out, 100, 128)
+    read = launches[0].arguments["x_ptr"]
+    assert (read.loaded, read.loaded_once) == (1200, 400) and launches[0].arguments["out_ptr"].atomics == 3
+
+
+def test_attention_reads_queries_once_and_keys_once_per_query_block(passes):
+    from fusenc.kernels.attention import triton_forward
+
+    block = triton_forward._FORWARD[2, 64].block_m
+    (launch,) = passes["attention 2x2x256x64, forward"].launches
+    arguments = launch.arguments
+    query = next(a for name, a in arguments.items() if name.startswith("q_ptr"))
+    assert query.loaded == query.loaded_once == 2 * 2 * 256 * 64 * 2
+    for name in ("k_ptr", "v_ptr"):
+        assert arguments[name].loaded == (256 // block) * arguments[name].loaded_once
+    assert launch.dot_flops == 4 * 256 * 256 * 64 * 4  # 4 L^2 D for each of 4 heads
+    assert all(a.atomics == 0 for p in passes.values() for each in p.launches for a in each.arguments.values())
+
+
+def test_causal_attention_skips_the_blocks_above_the_diagonal(passes):
+    (full,) = passes["attention 2x2x256x64, forward"].launches
+    (causal,) = passes["attention 1x2x256x64, causal, forward"].launches
+    assert causal.dot_flops < 0.8 * full.dot_flops / 2  # half the batch, and fewer blocks
+
+
+def test_attentions_backward_does_seven_products(passes):
+    launches = {launch.kernel: launch for launch in passes["attention 2x2x256x64, backward"].launches}
+    product = 2 * 256 * 256 * 64 * 4
+    assert launches["attention_dkdv_kernel"].dot_flops == 4 * product
+    assert launches["attention_dq_kernel"].dot_flops == 3 * product
+    for kernel, once in (("attention_dkdv_kernel", ("k_ptr", "v_ptr")), ("attention_dq_kernel", ("q_ptr", "dout_ptr"))):
+        for name, a in launches[kernel].arguments.items():
+            if name.split("|")[0] in once or a.stored:
+                assert a.loaded == a.loaded_once and a.stored == a.stored_once, f"{kernel} {name}"
+
+
+@pytest.mark.parametrize(
+    "kernel", ["add_norm_forward_kernel", "add_norm_backward_kernel", "weight_gradient_kernel", "delta_kernel"]
+)
+def test_memory_bound_kernels_ask_for_little_more_than_once(passes, kernel):
+    launches = [launch for p in passes.values() for launch in p.launches if launch.kernel == kernel]
+    assert launches
+    for launch in launches:
+        assert launch.asked <= 1.05 * launch.once, f"{launch.asked / launch.once:.3f}"
+
+
+def test_the_hidden_layers_products_store_each_element_once(passes):
+    for p in passes.values():
+        for launch in p.launches:
+            for name, a in launch.arguments.items():
+                assert a.stored == a.stored_once, f"{p.name}, {launch.kernel}, {name}"
+
+
+def test_what_a_pass_moves_is_near_its_least(passes):
+    """Beyond inputs, outputs and saved tensors only what passes between its kernels, each byte once a kernel."""
+    for name in ("attention 2x2x256x64, forward", "add_norm 512x256, forward", "add_norm 512x1024, dropout, forward"):
+        assert sum(launch.once for launch in passes[name].launches) <= 1.05 * passes[name].least, name

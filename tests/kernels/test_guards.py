@@ -1,0 +1,104 @@
+"""What Triton's IR cannot be executed for: tensors that reach past 2**31 elements, whose storage would be copied.
+
+Under the interpreter such tensors cost nothing, as untouched memory is never given to the process. It checks no
+bounds, so inputs lie between guards of NaN and outputs between guards of a pattern that must survive.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from fusenc.kernels import add_norm, attention, ffn
+
+pytestmark = [pytest.mark.kernel, pytest.mark.interpreter]
+GUARD = 64
+PATTERN = 12345.0
+FAR = 2**31 + 16
+"""Elements between two rows or batches, more than 32 bits can count."""
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(device):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("guards are for the interpreter, which checks no bounds; ttsem does: run with --device interpreter")
+
+
+def guarded(t: torch.Tensor) -> torch.Tensor:
+    """A copy of `t` between NaNs."""
+    whole = torch.full((t.numel() + 2 * GUARD,), float("nan"), dtype=t.dtype)
+    inside = whole[GUARD:-GUARD].view(t.shape)
+    inside.copy_(t)
+    return inside
+
+
+@pytest.fixture
+def outputs(monkeypatch):
+    """Every floating tensor that launchers allocate lies between patterns; gives the list of the whole buffers."""
+    buffers = []
+    empty = torch.empty
+
+    def guarded_empty(*shape, dtype=torch.float32, device=None, **options):
+        shape = torch.Size(shape[0] if isinstance(shape[0], (tuple, list, torch.Size)) else shape)
+        if not dtype.is_floating_point:
+            return empty(shape, dtype=dtype, device=device, **options)
+        whole = torch.full((shape.numel() + 2 * GUARD,), PATTERN, dtype=torch.float32).to(dtype)
+        buffers.append(whole)
+        return whole[GUARD : GUARD + shape.numel()].view(shape)
+
+    monkeypatch.setattr(torch, "empty", guarded_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda t, **options: guarded_empty(t.shape, dtype=t.dtype))
+    return buffers
+
+
+def intact(buffers):
+    assert buffers
+    for whole in buffers:
+        value = torch.tensor(PATTERN).to(whole.dtype)
+        assert (whole[:GUARD] == value).all() and (whole[-GUARD:] == value).all()
+
+
+CALLS = {
+    "attention": (attention, [(2, 2, 19, 24), (2, 2, 33, 24), (2, 2, 33, 40)]),
+    "causal attention": (lambda q, k, v: attention(q, k, v, is_causal=True), [(1, 2, 33, 16)] * 3),
+    "add_norm": (add_norm, [(7, 100), (7, 100), (100,), (100,)]),
+    "ffn": (ffn, [(33, 24), (70, 24), (70,), (20, 70), (20,)]),
+}
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_nothing_outside_a_tensor_is_read_or_written(name, outputs):
+    call, shapes = CALLS[name]
+    plain = [torch.randn(shape) for shape in shapes]
+    leaves = [guarded(t).requires_grad_() for t in plain]
+    out = call(*leaves)
+    grads = torch.autograd.grad(out, leaves, guarded(torch.ones(out.shape)))
+    assert not any(t.isnan().any() for t in (out, *grads))
+    intact(outputs)
+
+
+def test_the_guards_catch_an_overrun(outputs):
+    """The control: a write one element past the end must be seen."""
+    out = torch.empty(8)
+    out.as_strided((9,), (1,), out.storage_offset())[8] = 0.0
+    with pytest.raises(AssertionError):
+        intact(outputs)
+
+
+def far(t: torch.Tensor) -> torch.Tensor:
+    """A copy of `t` whose first dimension steps over more than 2**31 elements; rows between stay untouched."""
+    whole = torch.empty((t.shape[0] - 1) * FAR + t[0].numel(), dtype=t.dtype)
+    view = whole.as_strided(t.shape, (FAR, *t.stride()[1:]))
+    view.copy_(t)
+    return view
+
+
+def test_rows_beyond_2_to_the_31_elements():
+    x, residual, weight, bias = (torch.randn(shape).half() for shape in ((2, 40), (2, 40), (40,), (40,)))
+    assert torch.equal(add_norm(far(x), far(residual), weight, bias), add_norm(x, residual, weight, bias))
+
+
+def test_batches_beyond_2_to_the_31_elements():
+    q, k, v = (torch.randn(2, 1, 20, 16).half() for _ in range(3))
+    assert torch.equal(attention(far(q), far(k), far(v)), attention(q, k, v))
