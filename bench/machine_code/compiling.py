@@ -76,19 +76,20 @@ def _recorded(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
     options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
+    general = {p.name for p in kernel.params if p.do_not_specialize}
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     divisible: list[str] = []
     for name in kernel.arg_names:
         value = values[name]
-        if name in constexprs or value is None or (isinstance(value, int) and value == 1):
+        if name in constexprs or value is None or (isinstance(value, int) and value == 1 and name not in general):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
             divisible.append(name)  # torch aligns its allocations; a view may say otherwise, and compiles anew
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in general:
                 divisible.append(name)
         else:
             signature[name] = "fp32"

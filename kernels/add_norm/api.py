@@ -10,8 +10,6 @@ from torch import Tensor
 from ..common import backend, checks, dropout
 from . import eager, op
 
-MAX_WIDTH = 16384
-
 
 @overload
 def add_norm(
@@ -82,7 +80,7 @@ def add_norm(
             or (weight is not None
                 and (weight.shape != width or weight.dtype is not dtype or weight.device != device))
             or (bias is not None and (bias.shape != width or bias.dtype is not dtype or bias.device != device))
-            or width[0] == 0 or not dtype.is_floating_point
+            or width[0] == 0 or dtype not in checks.DTYPES
             or not 0.0 <= dropout_p <= 1.0 or not eps >= 0.0
         )  # fmt: skip
     except (AttributeError, TypeError, IndexError):
@@ -98,8 +96,6 @@ def add_norm(
     if not backend.use_triton(x):
         out, total = eager.add_norm(x, residual, weight, bias, seed, dropout_p, eps)
         return (out, total) if return_sum else out
-    if width[0] > MAX_WIDTH:
-        checks.fail_value("x", f"a width of at most {MAX_WIDTH}", x)
     if _needs_gradients(x, residual, weight, bias):
         out, total = op.AddNorm.apply(x, residual, weight, bias, seed, dropout_p, eps)
     else:

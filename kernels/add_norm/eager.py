@@ -28,7 +28,7 @@ def statistics(total: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def add_norm_backward(
     dout: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
-    seed: Tensor | None, dropout_p: float, needs_dbias: bool,
+    seed: Tensor | None, dropout_p: float, needs_dweight: bool, needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients as formulas: dx, dresidual, dweight, dbias. With xhat the normalised row and g = dout * weight:
     dresidual = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum (Ba et al., "Layer Normalization", 2016)."""
@@ -41,6 +41,6 @@ def add_norm_backward(
     if dsum is not None:
         dz = dz + dsum.reshape(-1, width)
     dx = dropout.dropout(dz, seed, dropout_p).to(total.dtype).view(shape)
-    dweight = None if weight is None else (do * xhat).sum(0).to(weight.dtype)
+    dweight = (do * xhat).sum(0).to(total.dtype) if needs_dweight else None
     dbias = None if not needs_dbias else do.sum(0).to(total.dtype)
     return dx, dz.to(total.dtype).view(shape), dweight, dbias

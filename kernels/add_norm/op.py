@@ -27,10 +27,10 @@ def forward(
 
 def backward(
     dout: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
-    seed: Tensor | None, dropout_p: float, needs_dbias: bool,
+    seed: Tensor | None, dropout_p: float, needs_dweight: bool, needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """dx, dresidual, dweight and dbias, on whichever backend serves `total`."""
-    args = (dout, dsum, total, weight, mean, rstd, seed, dropout_p, needs_dbias)
+    """dx, dresidual, and as far as they are needed dweight and dbias, on whichever backend serves `total`."""
+    args = (dout, dsum, total, weight, mean, rstd, seed, dropout_p, needs_dweight, needs_dbias)
     if backend.use_triton(total):
         from .triton_backward import add_norm_backward
 
@@ -50,7 +50,7 @@ class AddNorm(torch.autograd.Function):
         out, total, mean, rstd = forward(x, residual, weight, bias, seed, dropout_p, eps, changed, True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if total is None else total, weight, mean, rstd, seed)
-        ctx.dropout_p, ctx.has_residual, ctx.needs_dbias = dropout_p, residual is not None, bias is not None
+        ctx.dropout_p, ctx.has_residual = dropout_p, residual is not None
         return out, total
 
     @staticmethod
@@ -58,7 +58,8 @@ class AddNorm(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         total, weight, mean, rstd, seed = ctx.saved_tensors
         dout = torch.zeros_like(total) if dout is None else dout
-        dx, dz, dweight, dbias = backward(dout, dsum, total, weight, mean, rstd, seed, ctx.dropout_p, ctx.needs_dbias)
+        needs = ctx.needs_input_grad[2:4]
+        dx, dz, dweight, dbias = backward(dout, dsum, total, weight, mean, rstd, seed, ctx.dropout_p, *needs)
         return dx, dz if ctx.has_residual else None, dweight, dbias, None, None, None
 
 
@@ -92,38 +93,39 @@ def _operator_backward(*args: Any) -> tuple[Tensor, ...]:
 
 def _fake_backward(
     dout: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
-    seed: Tensor | None, dropout_p: float, needs_dbias: bool,
+    seed: Tensor | None, dropout_p: float, needs_dweight: bool, needs_dbias: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     width = total.shape[-1]
     return (
         total.new_empty(0 if seed is None else total.shape),
         total.new_empty(total.shape),
-        total.new_empty(0 if weight is None else width),
+        total.new_empty(width if needs_dweight else 0),
         total.new_empty(width if needs_dbias else 0),
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _x, residual, weight, bias, seed, ctx.dropout_p, _eps, _save_flag = inputs
+    _x, residual, weight, _bias, seed, ctx.dropout_p, _eps, _save_flag = inputs
     ctx.save_for_backward(output[1], weight, output[2], output[3], seed)
-    ctx.has_residual, ctx.needs_dbias = residual is not None, bias is not None
+    ctx.has_residual = residual is not None
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dsum: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
     total, weight, mean, rstd, seed = ctx.saved_tensors
     dout = torch.zeros_like(total) if dout is None else dout
-    args = (dout, dsum, total, weight, mean, rstd, seed, ctx.dropout_p, ctx.needs_dbias)
+    needs_dweight, needs_dbias = needs = ctx.needs_input_grad[2:4]
+    args = (dout, dsum, total, weight, mean, rstd, seed, ctx.dropout_p, *needs)
     dx, dz, dweight, dbias = add_norm_backward_operator(*args)
     return (
         dz if seed is None else dx, dz if ctx.has_residual else None,
-        None if weight is None else dweight, dbias if ctx.needs_dbias else None, None, None, None, None,
+        dweight if needs_dweight else None, dbias if needs_dbias else None, None, None, None, None,
     )  # fmt: skip
 
 
 add_norm_backward_operator = operator.register(
     "add_norm_backward(Tensor dout, Tensor? dsum, Tensor total, Tensor? weight, Tensor mean, Tensor rstd, "
-    "Tensor? seed, float dropout_p, bool needs_dbias) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? seed, float dropout_p, bool needs_dweight, bool needs_dbias) -> (Tensor, Tensor, Tensor, Tensor)",
     _operator_backward,
     _fake_backward,
 )

@@ -12,7 +12,7 @@ from ..common.triton_blocks import dropout_keep
 from .triton_forward import as_rows, block_shape
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def add_norm_backward_kernel(
     dout_ptr, dsum_ptr, z_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, dx_ptr, dz_ptr, partial_ptr,
     stride_do, stride_ds, stride_z, rows, width, rows_per_program, dropout_threshold, keep_scale,
@@ -66,7 +66,7 @@ def add_norm_backward_kernel(
         tl.store(row + width, tl.sum(dbias, 0), mask=offs_n < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def weight_gradient_kernel(
     partial_ptr, dweight_ptr, dbias_ptr, programs, width,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -96,7 +96,7 @@ _PROGRAMS_PER_UNIT = 2
 
 def add_norm_backward(
     dout: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
-    seed: Tensor | None, dropout_p: float, needs_dbias: bool,
+    seed: Tensor | None, dropout_p: float, needs_dweight: bool, needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Launch both kernels: dx, dresidual (the same tensor without dropout), dweight, dbias."""
     flat_do, flat_z = as_rows(dout), as_rows(total)
@@ -104,11 +104,11 @@ def add_norm_backward(
     rows, width = flat_z.shape
     dz = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     dx = torch.empty_like(dz) if seed is not None else dz
-    dweight = None if weight is None else torch.empty(width, dtype=weight.dtype, device=weight.device)
+    dweight = torch.empty(width, dtype=total.dtype, device=total.device) if needs_dweight else None
     dbias = torch.empty(width, dtype=total.dtype, device=total.device) if needs_dbias else None
     if dz.numel() == 0:
         return dx, dz, None if dweight is None else dweight.zero_(), None if dbias is None else dbias.zero_()
-    weight_gradients = weight is not None or needs_dbias
+    weight_gradients = needs_dweight or needs_dbias
     block_m, block_n, num_warps = block_shape(width)
     most = _PROGRAMS_PER_UNIT * launch.compute_units(total.device.index)
     rows_per_program = max(_LEAST_ROWS, triton.cdiv(triton.cdiv(rows, most), block_m) * block_m)
@@ -127,7 +127,7 @@ def add_norm_backward(
         if weight_gradients:
             weight_gradient_kernel[(triton.cdiv(width, 64),)](
                 partial, partial if dweight is None else dweight, partial if dbias is None else dbias, programs, width,
-                HAS_WEIGHT=weight is not None, HAS_BIAS=needs_dbias, BLOCK_P=32, BLOCK_N=64,
+                HAS_WEIGHT=needs_dweight, HAS_BIAS=needs_dbias, BLOCK_P=32, BLOCK_N=64,
                 **launch.COMPILE_OPTIONS,
             )  # fmt: skip
     return dx, dz, dweight, dbias

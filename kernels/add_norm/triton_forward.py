@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import dropout, launch
+from ..common import checks, dropout, launch
 from ..common.triton_blocks import dropout_keep
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def add_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, out_ptr, sum_ptr, mean_ptr, rstd_ptr,
     stride_x, stride_r, rows, width, rows_per_program, eps, dropout_threshold, keep_scale,
@@ -66,6 +66,9 @@ def add_norm_forward_kernel(
 _PROGRAMS_PER_UNIT = 8
 
 
+MAX_WIDTH = 16384
+
+
 def block_shape(width: int) -> tuple[int, int, int]:
     """Rows and columns of a program's block, and its warps: about 8 elements of each row array a thread, up to 32."""
     block_n = max(16, launch.power_of_2(width))
@@ -84,6 +87,8 @@ def add_norm_forward(
     dropout_p: float, eps: float, store_sum: bool, store_statistics: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Launch the kernel: the output, and where asked for the sum, the means and the reciprocal deviations."""
+    if x.shape[-1] > MAX_WIDTH:
+        checks.fail_value("x", f"a width of at most {MAX_WIDTH} on the kernels", x)
     flat_x = as_rows(x)
     rows, width = flat_x.shape
     flat_r = flat_x if residual is None else as_rows(residual)

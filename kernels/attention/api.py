@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Literal, overload
 
@@ -38,7 +39,7 @@ def attention(
     *,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``softmax(scale * query @ key^T + mask) @ value``, a superset of `F.scaled_dot_product_attention`.
+    """``softmax(scale * query @ key^T + mask) @ value``, with the arguments of `F.scaled_dot_product_attention`.
 
     On a GPU it runs flash-attention style Triton kernels, forward and backward (Dao, FlashAttention-2, 2023):
     the scores never reach memory. Elsewhere, and in float64, it runs eager PyTorch with the same results.
@@ -80,7 +81,8 @@ def attention(
         and query.dim() == 4 and key.dim() == 4 and value.dim() == 4
     ):  # fmt: skip
         _explain_ranks(query, key, value)
-    if backend.autocast_enabled(query):
+    autocast = backend.autocast_enabled(query)
+    if autocast:
         query, key, value = operator.autocast_inputs(query.device.type, query, key, value)
     batch, nhead, _, head_dim = query.shape
     key_batch, key_nhead, len_k, key_dim = key.shape
@@ -89,31 +91,33 @@ def attention(
         or value.shape[0] != batch or value.shape[1] != nhead or value.shape[2] != len_k
         or key.dtype != query.dtype or value.dtype != query.dtype
         or key.device != query.device or value.device != query.device
-        or nhead == 0 or head_dim == 0 or not query.is_floating_point()
+        or nhead == 0 or head_dim == 0 or query.dtype not in checks.DTYPES
         or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0
     ):  # fmt: skip
         _explain(query, key, value, dropout_p)
     if attn_mask is not None:
         attn_mask = _checked_mask(attn_mask, query, len_k)
+    if scale is not None and not isinstance(scale, (int, float)):
+        checks.fail_type("scale", "a number", scale)
     softmax_scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     seed = dropout.new_seed(query) if dropout_p > 0.0 else None
     args = (query, key, value, attn_mask, seed, float(dropout_p), bool(is_causal), softmax_scale)
 
     mask_grad = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling() and not mask_grad:
-        out, lse = op.attention_operator(*args)
+        out, lse, _ = op.attention_operator(*args, return_lse)
         return (out, lse) if return_lse else out
     if mask_grad or not backend.use_triton(query):
         if mask_grad:
             backend.note_eager()
-        out, maybe_lse = eager.attention(*args, return_lse)
+        # The inputs are in autocast's dtype by now; what the eager path computes inside is float32.
+        with torch.autocast(query.device.type, enabled=False) if autocast else contextlib.nullcontext():
+            out, maybe_lse = eager.attention(*args, return_lse)
         return out if maybe_lse is None else (out, maybe_lse)
-    if head_dim > 256 or value.shape[3] > 256:
-        checks.fail_value("query, value", "head sizes of at most 256", query if head_dim > 256 else value)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         out, lse = op.Attention.apply(*args)
     else:
-        out, lse = op.forward(*args)
+        out, lse, _ = op.forward(*args)
     return (out, lse) if return_lse else out
 
 

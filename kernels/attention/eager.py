@@ -66,7 +66,7 @@ def _softmax(scores: Tensor, nothing: Tensor | None) -> Tensor:
 
 def attention_backward(
     dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
-    seed: Tensor | None, out: Tensor, lse: Tensor, dropout_p: float, is_causal: bool, softmax_scale: float,
+    seed: Tensor | None, out: Tensor, statistics: Tensor, dropout_p: float, is_causal: bool, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients as formulas (FlashAttention-2, algorithm 2), for the operator of ``torch.compile``."""
     wide = torch.promote_types(query.dtype, torch.float32)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.triton_blocks import dropout_keep, load_block
-from .triton_blocks import LOG2E, block_scores
+from .triton_blocks import LOG2E, block_probabilities, block_scores, load_statistics
 from .triton_forward import AttentionConfig, describe_call, empty_in_order_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["len_q"])
 def delta_kernel(
     out_ptr, dout_ptr, dlse_ptr, delta_ptr,
     stride_ob, stride_oh, stride_om, stride_od, stride_gb, stride_gh, stride_gm, stride_gd,
@@ -44,14 +44,6 @@ def delta_kernel(
 
 
 @triton.jit
-def _load_lse(lse_ptr, flat, inside):
-    # A row with nothing to attend to has LSE -inf; +inf instead makes each of its probabilities exp2(-inf) = 0.
-    # Rows past the end are given the same.
-    lse = tl.load(lse_ptr + flat, mask=inside, other=float("inf")) * LOG2E
-    return tl.where(lse == float("-inf"), float("inf"), lse)
-
-
-@triton.jit
 def _visit_queries(
     dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptr, delta_ptr, mask_ptr, seed, head, columns, first_column,
     offs_m, offs_d, offs_dv, first, last,
@@ -73,7 +65,8 @@ def _visit_queries(
             k, tl.trans(q), rows[None, :], columns[:, None], mask_ptr, stride_mm, stride_mn, scale_log2, len_q, len_k,
             CHECK, IS_CAUSAL, MASK, MASK_HAS_ROWS, INPUT_PRECISION,
         )  # [BN, BM]  # fmt: skip
-        p = tl.exp2(scores - _load_lse(lse_ptr, flat, inside)[None, :])
+        row_max, rest = load_statistics(lse_ptr, flat, inside, MASK)
+        p = block_probabilities(scores, row_max[None, :], rest[None, :], MASK)
         dout = load_block(
             dout_ptrs + offset * stride_gm, inside[:, None], (offs_dv < VALUE_DIM)[None, :],
             CHECK, VALUE_DIM != BLOCK_DV,
@@ -91,7 +84,7 @@ def _visit_queries(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["len_q", "len_k"])
 def attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
@@ -179,7 +172,7 @@ def attention_dkdv_kernel(
 
 @triton.jit
 def _visit_keys(
-    dq, q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptr, seed, rows, flat, offs_n, offs_d, offs_dv, first, last,
+    dq, q, dout, row_max, rest, delta, k_ptrs, v_ptrs, mask_ptr, seed, rows, flat, offs_n, offs_d, offs_dv, first, last,
     stride_kn, stride_vn, stride_mm, stride_mn, scale_log2, dropout_threshold, keep_scale, len_q, len_k,
     CHECK: tl.constexpr, IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_HAS_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -197,7 +190,7 @@ def _visit_keys(
             q, tl.trans(k), rows[:, None], columns[None, :], mask_ptr, stride_mm, stride_mn, scale_log2, len_q, len_k,
             CHECK, IS_CAUSAL, MASK, MASK_HAS_ROWS, INPUT_PRECISION,
         )  # [BM, BN]  # fmt: skip
-        p = tl.exp2(scores - lse[:, None])
+        p = block_probabilities(scores, row_max[:, None], rest[:, None], MASK)
         v = load_block(
             v_ptrs + offset * stride_vn, inside, (offs_dv < VALUE_DIM)[None, :], CHECK, VALUE_DIM != BLOCK_DV
         )  # [BN, BDV]
@@ -209,7 +202,7 @@ def _visit_keys(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["len_q", "len_k"])
 def attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
@@ -245,7 +238,7 @@ def attention_dq_kernel(
     q = load_block(q_ptrs, inside, (offs_d < HEAD_DIM)[None, :], True, HEAD_DIM != BLOCK_D)
     dout = load_block(dout_ptrs, inside, (offs_dv < VALUE_DIM)[None, :], True, VALUE_DIM != BLOCK_DV)
     flat = head.to(tl.int64) * len_q + rows
-    lse = _load_lse(lse_ptr, flat, rows < len_q)
+    row_max, rest = load_statistics(lse_ptr, flat, rows < len_q, MASK)
     delta = tl.load(delta_ptr + flat, mask=rows < len_q, other=0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     scale_log2 = softmax_scale * LOG2E
@@ -255,7 +248,8 @@ def attention_dq_kernel(
     plain = plain // BLOCK_N * BLOCK_N
     if MASK == "none":
         dq = _visit_keys(
-            dq, q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptr, seed, rows, flat, offs_n, offs_d, offs_dv, 0, plain,
+            dq, q, dout, row_max, rest, delta, k_ptrs, v_ptrs, mask_ptr, seed, rows, flat, offs_n, offs_d, offs_dv,
+            0, plain,
             stride_kn, stride_vn, stride_mm, stride_mn, scale_log2, dropout_threshold, keep_scale, len_q, len_k,
             False, IS_CAUSAL, MASK, MASK_HAS_ROWS, DROPOUT, INPUT_PRECISION, HEAD_DIM, VALUE_DIM,
             BLOCK_N, BLOCK_D, BLOCK_DV,
@@ -263,7 +257,8 @@ def attention_dq_kernel(
     else:
         plain = 0
     dq = _visit_keys(
-        dq, q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptr, seed, rows, flat, offs_n, offs_d, offs_dv, plain, last,
+        dq, q, dout, row_max, rest, delta, k_ptrs, v_ptrs, mask_ptr, seed, rows, flat, offs_n, offs_d, offs_dv,
+        plain, last,
         stride_kn, stride_vn, stride_mm, stride_mn, scale_log2, dropout_threshold, keep_scale, len_q, len_k,
         True, IS_CAUSAL, MASK, MASK_HAS_ROWS, DROPOUT, INPUT_PRECISION, HEAD_DIM, VALUE_DIM,
         BLOCK_N, BLOCK_D, BLOCK_DV,
@@ -304,9 +299,11 @@ _DELTA_ROWS = 16
 
 def attention_backward(
     dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
-    seed: Tensor | None, out: Tensor, lse: Tensor, dropout_p: float, is_causal: bool, softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch the three backward kernels: dQ, dK and dV in the dtype and memory order of their inputs."""
+    seed: Tensor | None, out: Tensor, statistics: Tensor, dropout_p: float, is_causal: bool, softmax_scale: float,
+    needs_dquery: bool = True, needs_dkv: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Launch the three backward kernels, but for what is not needed: dQ, dK and dV in the dtype and memory order of
+    their inputs. `statistics` is what the forward launcher returned last."""
     call = describe_call(query, key, value, attn_mask, dropout_p, is_causal)
     dquery = empty_in_order_of(query, call.head_dim)
     dkey = empty_in_order_of(key, call.head_dim)
@@ -315,32 +312,34 @@ def attention_backward(
         return dquery.zero_(), dkey.zero_(), dvalue.zero_()
     block_d, block_dv = call.block_d, call.block_dv
     heads = call.batch * call.nhead
-    delta = torch.empty_like(lse)
+    delta = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     table_key = (query.element_size(), max(block_d, block_dv))
     mask = query if attn_mask is None else attn_mask
-    seed = lse if seed is None else seed
+    seed = delta if seed is None else seed
     inputs = (*query.stride(), *key.stride(), *value.stride(), *call.mask_strides, *dout.stride())
     sizes = (call.nhead, call.len_q, call.len_k, softmax_scale, call.dropout_threshold, call.keep_scale)
     with launch.on_device_of(query):
         delta_kernel[(triton.cdiv(call.len_q, _DELTA_ROWS) * heads,)](
-            out, dout, lse if dlse is None else dlse.contiguous(), delta, *out.stride(), *dout.stride(),
+            out, dout, delta if dlse is None else dlse.contiguous(), delta, *out.stride(), *dout.stride(),
             call.nhead, call.len_q,
             HAS_DLSE=dlse is not None, VALUE_DIM=call.value_dim, BLOCK_M=_DELTA_ROWS, BLOCK_DV=block_dv,
             **launch.COMPILE_OPTIONS,
         )  # fmt: skip
-        config = _DKDV[table_key]
-        attention_dkdv_kernel[(triton.cdiv(call.len_k, config.block_n) * heads,)](
-            query, key, value, mask, seed, dout, lse, delta, dkey, dvalue,
-            *inputs, *dkey.stride(), *dvalue.stride(), *sizes,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-            **call.switches, **launch.COMPILE_OPTIONS,
-        )  # fmt: skip
-        config = _DQ[table_key]
-        attention_dq_kernel[(triton.cdiv(call.len_q, config.block_m) * heads,)](
-            query, key, value, mask, seed, dout, lse, delta, dquery, *inputs, *dquery.stride(), *sizes,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-            **call.switches, **launch.COMPILE_OPTIONS,
-        )  # fmt: skip
-    return dquery, dkey, dvalue
+        if needs_dkv:
+            config = _DKDV[table_key]
+            attention_dkdv_kernel[(triton.cdiv(call.len_k, config.block_n) * heads,)](
+                query, key, value, mask, seed, dout, statistics, delta, dkey, dvalue,
+                *inputs, *dkey.stride(), *dvalue.stride(), *sizes,
+                BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+                **call.switches, **launch.COMPILE_OPTIONS,
+            )  # fmt: skip
+        if needs_dquery:
+            config = _DQ[table_key]
+            attention_dq_kernel[(triton.cdiv(call.len_q, config.block_m) * heads,)](
+                query, key, value, mask, seed, dout, statistics, delta, dquery, *inputs, *dquery.stride(), *sizes,
+                BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+                **call.switches, **launch.COMPILE_OPTIONS,
+            )  # fmt: skip
+    return (dquery if needs_dquery else None, *((dkey, dvalue) if needs_dkv else (None, None)))

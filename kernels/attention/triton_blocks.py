@@ -7,6 +7,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -35,6 +36,36 @@ def block_scores(
             if MASK == "bool":
                 keep = keep & (tl.load(ptrs, mask=inside, other=0) != 0)
             else:
-                scores += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32) * LOG2E
+                added = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+                # -inf forbids; a finite number, be it float32's lowest, must stay finite.
+                keep = keep & (added != float("-inf"))
+                scores += tl.maximum(added * LOG2E, LOWEST, propagate_nan=tl.PropagateNan.ALL)
         scores = tl.where(keep, scores, float("-inf"))
     return scores
+
+
+@triton.jit
+def load_statistics(lse_ptr, flat, inside, MASK: tl.constexpr):
+    """What the forward pass left of each row: (maximum, rest) of its base-2 log-sum-exp.
+
+    A floating mask may add numbers so large to a whole row that their sum would swallow the rest, so there the
+    two are kept apart; else the maximum is 0 and the rest everything. For a row with nothing to attend to, and
+    past the end, the rest is +inf, which makes each probability exp2(-inf) = 0.
+    """
+    if MASK == "float":
+        row_max = tl.load(lse_ptr + 2 * flat, mask=inside, other=0.0)
+        rest = tl.load(lse_ptr + 2 * flat + 1, mask=inside, other=float("inf"))
+    else:
+        rest = tl.load(lse_ptr + flat, mask=inside, other=float("inf")) * LOG2E
+        rest = tl.where(rest == float("-inf"), float("inf"), rest)
+        row_max = tl.zeros_like(rest)
+    return row_max, rest
+
+
+@triton.jit
+def block_probabilities(scores, row_max, rest, MASK: tl.constexpr):
+    """``softmax`` of a block from what `load_statistics` gave, shaped to broadcast over it."""
+    if MASK == "float":
+        return tl.exp2((scores - row_max) - rest)
+    else:
+        return tl.exp2(scores - rest)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import dropout, launch
+from ..common import checks, dropout, launch
 from ..common.triton_blocks import dropout_keep, load_block
 from .triton_blocks import LN2, LOG2E, block_scores
 
@@ -52,9 +52,9 @@ def _visit_keys(
     return acc, row_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["len_q", "len_k"])
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, out_ptr, lse_ptr, statistics_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_ob, stride_oh, stride_om, stride_od,
@@ -140,6 +140,10 @@ def attention_forward_kernel(
     )
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(rows < len_q)[:, None] & (offs_dv < VALUE_DIM)[None, :])
     tl.store(lse_ptr + random_rows, lse, mask=rows < len_q)
+    if MASK == "float":  # for the backward pass; see load_statistics
+        rest = tl.where(empty, float("inf"), tl.log2(tl.where(empty, 1.0, row_sum)))
+        tl.store(statistics_ptr + 2 * random_rows, tl.where(empty, 0.0, row_max), mask=rows < len_q)
+        tl.store(statistics_ptr + 2 * random_rows + 1, rest, mask=rows < len_q)
 
 
 class AttentionConfig(NamedTuple):
@@ -153,7 +157,7 @@ class AttentionConfig(NamedTuple):
 
 # By element size and padded head size. Each fits the shared memory of the smallest supported chips (99 KiB on
 # sm_86, 64 KiB on gfx942) and keeps everything in registers on sm_80, sm_90 and gfx942;
-# tests/kernels/test_compile_ahead.py holds the tables to that and lists the exceptions.
+# bench/machine_code/budget.csv holds the tables to that and shows the exceptions.
 _FORWARD = {
     (2, 16): AttentionConfig(128, 64, 4, 3),
     (2, 32): AttentionConfig(128, 64, 4, 3),
@@ -166,6 +170,9 @@ _FORWARD = {
     (4, 128): AttentionConfig(32, 32, 8, 1),
     (4, 256): AttentionConfig(16, 16, 4, 1),
 }
+
+
+MAX_HEAD_DIM = 256
 
 
 class Call(NamedTuple):
@@ -207,7 +214,7 @@ def describe_call(
         "MASK": kind,
         "MASK_HAS_ROWS": mask_strides[2] != 0,
         "DROPOUT": dropout_p > 0.0,
-        "INPUT_PRECISION": launch.input_precision(),
+        "INPUT_PRECISION": launch.input_precision(query),
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
     }
@@ -228,23 +235,30 @@ def empty_in_order_of(like: Tensor, last: int) -> Tensor:
 def attention_forward(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, seed: Tensor | None,
     dropout_p: float, is_causal: bool, softmax_scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launch the forward kernel: the output ``[B, H, Lq, Dv]`` and the log-sum-exp ``[B, H, Lq]`` in float32."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launch the forward kernel: the output ``[B, H, Lq, Dv]``, the log-sum-exp ``[B, H, Lq]`` in float32, and what the
+    backward pass needs of it: with a floating mask its two parts ``[B, H, Lq, 2]``, else the log-sum-exp itself."""
+    for name, tensor in (("query", query), ("value", value)):
+        if tensor.shape[3] > MAX_HEAD_DIM:
+            checks.fail_value(name, f"a head size of at most {MAX_HEAD_DIM} on the kernels", tensor)
     call = describe_call(query, key, value, attn_mask, dropout_p, is_causal)
     out = empty_in_order_of(query, call.value_dim)
     lse = torch.empty((call.batch, call.nhead, call.len_q), dtype=torch.float32, device=query.device)
+    statistics = lse
+    if call.switches["MASK"] == "float":
+        statistics = torch.empty((*lse.shape, 2), dtype=torch.float32, device=query.device)
     if out.numel() == 0 and lse.numel() == 0:
-        return out, lse
+        return out, lse, statistics
     block_d, block_dv = call.block_d, call.block_dv
     config = _FORWARD[query.element_size(), max(block_d, block_dv)]
     grid = (triton.cdiv(call.len_q, config.block_m) * call.batch * call.nhead,)
     with launch.on_device_of(query):
         attention_forward_kernel[grid](
             query, key, value, query if attn_mask is None else attn_mask, lse if seed is None else seed, out, lse,
-            *query.stride(), *key.stride(), *value.stride(), *call.mask_strides, *out.stride(),
+            statistics, *query.stride(), *key.stride(), *value.stride(), *call.mask_strides, *out.stride(),
             call.nhead, call.len_q, call.len_k, softmax_scale, call.dropout_threshold, call.keep_scale,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
             num_warps=config.num_warps, num_stages=config.num_stages,
             **call.switches, **launch.COMPILE_OPTIONS,
         )  # fmt: skip
-    return out, lse
+    return out, lse, statistics

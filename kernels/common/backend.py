@@ -16,7 +16,7 @@ BACKENDS = ("auto", "triton", "eager")
 KERNEL_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so a later change could not take effect.
-_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
 _forced = "auto"
 _last: str | None = None
@@ -52,11 +52,16 @@ def use_triton(x: Tensor) -> bool:
     ``TRITON_INTERPRET=1`` tensors on the CPU too. float64 and every other device are eager.
     """
     global _last
-    triton = False
-    if _forced != "eager" and (x.is_cuda or _INTERPRET or _forced == "triton"):
-        triton = _kernels_can_run(x)
+    triton = would_use_triton(x)
     _last = "eager" if not triton else "interpreter" if _INTERPRET else "triton"
     return triton
+
+
+def would_use_triton(x: Tensor) -> bool:
+    """As `use_triton`, for a question that is no call."""
+    if _forced != "eager" and (x.is_cuda or _INTERPRET or _forced == "triton"):
+        return _kernels_can_run(x)
+    return False
 
 
 def note_eager() -> None:
@@ -110,7 +115,7 @@ def set_backend(backend: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Force a backend inside a ``with`` block.
+    """Force a backend inside a ``with`` block, for every thread of the process.
 
     Example:
         >>> import fusenc

@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+
 
 def describe(value: Any) -> str:
     """A short description of an argument for an error message."""
@@ -27,7 +29,7 @@ def floating_tensor(argument: str, value: Any) -> None:
     """Raise TypeError unless `value` is a float32, float64, float16 or bfloat16 tensor."""
     if not isinstance(value, Tensor):
         fail_type(argument, "a tensor", value)
-    if value.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+    if value.dtype not in DTYPES:
         fail_type(argument, "a float32, float64, float16 or bfloat16 tensor", value)
 
 
@@ -47,7 +49,7 @@ def same_kind(argument: str, value: Tensor, reference_name: str, reference: Tens
 
 def dropout_probability(value: Any) -> None:
     """Raise unless `value` is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)):
         fail_type("dropout_p", "a number in [0, 1]", value)
     if not 0.0 <= value <= 1.0:  # also catches NaN
         fail_value("dropout_p", "a number in [0, 1]", value)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import operator
+
 PHILOX_ROUNDS = 7
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64).reshape(2, 1)
 _LOW = 0xFFFFFFFF
@@ -88,4 +90,15 @@ def dropout(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     """`x` with dropout applied under `seed`; differentiable. `seed` None means no dropout."""
     if seed is None:
         return x
-    return (x * keep_scale(dropout_p)).masked_fill(drop_mask(seed, x.shape, dropout_p), 0.0)
+    if torch.compiler.is_compiling():  # which cannot look into NumPy
+        mask = drop_mask_operator(seed, x.shape, dropout_p)
+    else:
+        mask = drop_mask(seed, x.shape, dropout_p)
+    return (x * keep_scale(dropout_p)).masked_fill(mask, 0.0)
+
+
+drop_mask_operator = operator.register(
+    "drop_mask(Tensor seed, SymInt[] shape, float dropout_p) -> Tensor",
+    lambda seed, shape, dropout_p: drop_mask(seed, torch.Size(shape), dropout_p),
+    lambda seed, shape, dropout_p: seed.new_empty(shape, dtype=torch.bool),
+)

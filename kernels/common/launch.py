@@ -28,10 +28,20 @@ def on_device_of(x: Tensor) -> Any:
     return contextlib.nullcontext()
 
 
-def input_precision() -> str:
-    """How float32 dot products round: IEEE, or TF32 where torch's own switch allows it."""
+def input_precision(x: Tensor) -> str:
+    """How dot products of float32 round: IEEE, or TF32 where torch's own switch allows it and the chip has it."""
     # Not allow_tf32: reading that raises once a program has used the newer switch.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    if x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    return "tf32" if has_tf32(x.device.index) else "ieee"
+
+
+@functools.cache
+def has_tf32(index: int | None) -> bool:
+    """True where Triton has TF32 dot products: NVIDIA's chips, and of AMD's only CDNA 3."""
+    if not torch.version.hip or not torch.cuda.is_available():
+        return True
+    return str(torch.cuda.get_device_properties(index or 0).gcnArchName).startswith("gfx942")
 
 
 def power_of_2(n: int) -> int:

@@ -64,7 +64,7 @@ def ffn(
             or weight1.dtype != dtype or weight2.dtype != dtype or weight1.device != device or weight2.device != device
             or (bias1 is not None and (bias1.shape != (hidden,) or bias1.dtype != dtype or bias1.device != device))
             or (bias2 is not None and (bias2.shape != (d_out,) or bias2.dtype != dtype or bias2.device != device))
-            or not dtype.is_floating_point or not 0.0 <= dropout_p <= 1.0 or activation not in eager.ACTIVATIONS
+            or dtype not in checks.DTYPES or not 0.0 <= dropout_p <= 1.0 or activation not in eager.ACTIVATIONS
         )  # fmt: skip
     except (AttributeError, TypeError, ValueError, IndexError):
         _explain(x, weight1, bias1, weight2, bias2, activation, dropout_p)

@@ -13,7 +13,7 @@ from .triton_blocks import activation_derivative
 from .triton_forward import CONFIGS, GROUP_M, product_block, tile_position
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def hidden_gradient_kernel(
     dout_ptr, weight_ptr, hidden_ptr, seed_ptr, dhidden_ptr,
     stride_dm, stride_dk, stride_wk, stride_wn, rows, columns, inner, dropout_threshold, keep_scale,
@@ -55,7 +55,7 @@ def hidden_gradient(
             dout, weight2, hidden, dhidden if seed is None else seed, dhidden, *dout.stride(), *weight2.stride(),
             rows, columns, inner, dropout.threshold(dropout_p), dropout.keep_scale(dropout_p),
             ACTIVATION=activation, DROPOUT=seed is not None, EVEN_K=inner % config.block_k == 0,
-            INPUT_PRECISION=launch.input_precision(),
+            INPUT_PRECISION=launch.input_precision(dout),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=GROUP_M,
             num_warps=config.num_warps, num_stages=config.num_stages, **launch.COMPILE_OPTIONS,
         )  # fmt: skip

@@ -45,7 +45,7 @@ def product_block(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def linear_act_kernel(
     x_ptr, weight_ptr, bias_ptr, seed_ptr, out_ptr, hidden_ptr,
     stride_xm, stride_xk, stride_wn, stride_wk, rows, columns, inner, dropout_threshold, keep_scale,
@@ -114,7 +114,7 @@ def linear_act(
             out if hidden is None else hidden, *x.stride(), *weight.stride(), rows, columns, inner,
             dropout.threshold(dropout_p), dropout.keep_scale(dropout_p),
             ACTIVATION=activation, HAS_BIAS=bias is not None, DROPOUT=seed is not None, STORE_HIDDEN=store_hidden,
-            EVEN_K=inner % config.block_k == 0, INPUT_PRECISION=launch.input_precision(),
+            EVEN_K=inner % config.block_k == 0, INPUT_PRECISION=launch.input_precision(x),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=GROUP_M,
             num_warps=config.num_warps, num_stages=config.num_stages, **launch.COMPILE_OPTIONS,
         )  # fmt: skip

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
+from fusenc.kernels import add_norm, attention, ffn
 
 pytest.importorskip("triton")
+compiles = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not recorded")
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not recorded")
+@compiles
 def test_a_layer_launches_seven_kernels_forward():
     from fusenc.bench.launches import layers
 
@@ -23,3 +26,39 @@ def test_a_layer_launches_seven_kernels_forward():
     assert counts["torch.nn, plain attention"].forward["bmm"] == 2
     # With dropout a layer draws four keys more and launches nothing else.
     assert layers(0.1)["fusenc"].forward - ours.forward == {"randint": 4}
+
+
+def launched(call, *shapes, frozen=()):
+    from fusenc.bench.machine_code.compiling import record_launches
+
+    inputs = [
+        torch.empty(shape, dtype=torch.float16, device="meta", requires_grad=i not in frozen)
+        for i, shape in enumerate(shapes)
+    ]
+    with record_launches() as launches:
+        out = call(*inputs)
+        out.backward(torch.empty_like(out))
+    return launches
+
+
+@compiles
+def test_another_length_compiles_nothing_anew():
+    found = set()
+    for n in (1, 7, 16, 40, 128):
+        launches = launched(lambda *t: attention(*(x.transpose(1, 2) for x in t)), *[(2, n, 4, 64)] * 3)
+        launches += launched(add_norm, (2, n, 256), (2, n, 256), (256,), (256,))
+        launches += launched(ffn, (2, n, 256), (512, 256), (512,), (256, 512), (256,))
+        found.add(frozenset(launch.identity for launch in launches))
+    assert len(found) == 1
+
+
+@compiles
+def test_frozen_parameters_cost_nothing():
+    rows = [(64, 256), (64, 256), (256,), (256,)]
+    assert "weight_gradient_kernel" in {each.name for each in launched(add_norm, *rows)}
+    assert "weight_gradient_kernel" not in {each.name for each in launched(add_norm, *rows, frozen=(2, 3))}
+    heads = [(2, 4, 64, 64)] * 3
+    assert {each.name for each in launched(attention, *heads, frozen=(1, 2))} == {
+        "attention_forward_kernel", "delta_kernel", "attention_dq_kernel",
+    }  # fmt: skip
+    assert "attention_dq_kernel" not in {each.name for each in launched(attention, *heads, frozen=(0,))}

@@ -102,6 +102,16 @@ def test_masks_of_any_broadcast(device, shape, kind):
     check(qkv(len_k=90, device=device), mask=mask)
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("value", [-1e4, -1e5, -1e9, -1e30, torch.finfo(torch.float32).min], ids=str)
+def test_rows_masked_by_a_finite_number_are_no_empty_rows(device, value):
+    """As in torch the softmax of such a row goes on without the number; some rows have an unmasked key, some none."""
+    mask = torch.zeros(70, 90, device=device)
+    mask[:30, 20:] = value
+    mask[30:50] = value
+    check(qkv(1, 2, len_k=90, device=device), mask=mask)
+
+
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_with_every_key_masked_gives_zeros(device, kind, dtype):

@@ -8,7 +8,7 @@ from fusenc.kernels import add_norm, attention, ffn
 from fusenc.kernels.add_norm.op import add_norm_operator
 from fusenc.kernels.attention.op import attention_operator
 from fusenc.kernels.ffn.op import ffn_operator
-from tolerances import SAME_ALGORITHM
+from tolerances import HALF_PRECISION, SAME_ALGORITHM
 
 SEED = torch.tensor([5])
 
@@ -25,6 +25,7 @@ def attention_arguments(dtype=torch.float32, mask=None, seed=None):
         0.3 if seed is not None else 0.0,
         False,
         0.4,
+        True,
     )
 
 
@@ -119,7 +120,7 @@ def test_backward_formula_agrees_with_autograd(operator):
     from fusenc.kernels.ffn import eager as ffn_eager
 
     eager = {
-        "attention": lambda *a: attention_eager.attention(*a)[0],
+        "attention": lambda *a: attention_eager.attention(*a[:-1])[0],
         "add_norm": lambda *a: add_norm_eager.add_norm(*a[:-1])[0],
         "ffn": lambda *a: ffn_eager.ffn(*a[:-1])[0],
     }[operator]
@@ -180,7 +181,7 @@ def test_autocast(dtype):
     x, w, b = randn(5, 8), randn(8), randn(8)
     with torch.autocast("cpu", dtype=dtype):
         assert attention(q, q, q).dtype == dtype
-        assert attention_operator(q, q, q, None, None, 0.0, False, 0.3)[0].dtype == dtype
+        assert attention_operator(q, q, q, None, None, 0.0, False, 0.3, False)[0].dtype == dtype
         assert ffn(x, randn(10, 8), None, randn(8, 10), None).dtype == dtype
         assert ffn_operator(x, randn(10, 8), None, randn(8, 10), None, None, 0.0, "gelu", True)[0].dtype == dtype
         normed = add_norm(x.to(dtype), x, w, b)
@@ -195,3 +196,30 @@ def test_meta_tensors_give_shapes_without_memory():
     attention(q, q, q, dropout_p=0.1).sum().backward()
     assert q.grad.shape == q.shape and q.grad.is_meta
     assert add_norm(x, x, w[0], w[0], dropout_p=0.1).is_meta and ffn(x, w, None, w, None, dropout_p=0.1).is_meta
+
+
+def test_eager_attention_computes_in_float32_under_autocast():
+    """Whatever path the eager implementation takes; the compiled one returns the same."""
+    q = torch.randn(1, 2, 40, 16) * 4
+    plain, lse = attention(q, q, q, return_lse=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, got = attention(q, q, q, return_lse=True)
+        _, compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")(q, q, q, return_lse=True)
+    assert out.dtype == torch.bfloat16 and got.dtype == compiled.dtype == torch.float32
+    rounded = attention(*[q.bfloat16().float()] * 3, return_lse=True)
+    torch.testing.assert_close(got, rounded[1], rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+    torch.testing.assert_close(out.float(), rounded[0], rtol=HALF_PRECISION, atol=HALF_PRECISION)
+    assert plain.dtype == lse.dtype == torch.float32
+
+
+def test_a_mask_with_gradient_and_dropout_compiles():
+    torch._dynamo.reset()
+    q, bias = randn(1, 2, 5, 8), randn(5, 5)
+
+    def loss(q, bias):
+        return attention(q, q, q, bias, dropout_p=0.3).sum()
+
+    expected = torch.autograd.grad(seeded(loss)(q, bias), (q, bias))
+    compiled = torch.autograd.grad(seeded(torch.compile(loss, fullgraph=True, backend="aot_eager"))(q, bias), (q, bias))
+    for a, b in zip(compiled, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
