@@ -9,13 +9,10 @@ def main() -> None:
     """Run the command line, or say what to install for it."""
     try:
         import rich  # noqa: F401
-        import typer
+        import typer  # noqa: F401
     except ImportError as error:
         print(f"fusenc: the command needs {error.name}; install it with: pip install 'fusenc[bench]'", file=sys.stderr)
         raise SystemExit(2) from None
     from .commands import app
 
-    try:
-        app(standalone_mode=True)
-    except typer.Exit as done:
-        raise SystemExit(done.exit_code) from None
+    app()

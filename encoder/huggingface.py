@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import output_capturing
 
 from . import kernels
+from .kernels.attention.eager import MAX_HEAD_DIM
 from .modules import has_hooks, why_not_plain
 from .packing import PaddedPacking, attend
 
@@ -22,6 +23,9 @@ FAMILIES = {
     "electra": "Electra",
 }
 """Module names of transformers and the prefix of their classes. Their layers are the same but for the name."""
+
+_PARTS = ("Attention", "SelfAttention", "SelfOutput", "Intermediate", "Output")
+_PROJECTIONS = ("query", "key", "value")
 
 _ACTIVATIONS = {
     type(ACT2FN[theirs]): ours
@@ -43,31 +47,42 @@ def _collected() -> Any:
 class _FusedLayer(nn.Module):
     """A BERT layer on the fused kernels; mixed into a subclass of the family's own layer."""
 
-    @staticmethod
-    def why_not_fusable(layer: Any) -> str:
-        """Why a layer cannot be fused, or ""."""
+    stock: ClassVar[dict[str, type]]
+    """The family's own classes of the parts that the fused forward stands in for, by the end of their names."""
+
+    @classmethod
+    def why_not_fused(cls, layer: Any) -> str:
+        """Why a layer cannot run fused, or ""."""
         if layer.is_decoder or layer.add_cross_attention:
             return "a decoder layer"
         if layer.chunk_size_feed_forward:
             return "the feed-forward is chunked"
-        if type(layer.intermediate.intermediate_act_fn) not in _ACTIVATIONS:
-            return f"activation {layer.intermediate.intermediate_act_fn} is not fused"
-        return _FusedLayer._why_not_plain(layer)
-
-    @staticmethod
-    def _why_not_plain(layer: Any) -> str:
-        attention, output = layer._modules["attention"], layer._modules["output"]
+        attention, output, intermediate = (layer._modules[name] for name in ("attention", "output", "intermediate"))
         attention_self, attention_output = attention._modules["self"], attention._modules["output"]
-        intermediate = layer._modules["intermediate"]
-        for holder in (attention, attention_self, attention_output, intermediate, output):
-            if has_hooks(holder, except_of=_CAPTURE):
-                return f"{type(holder).__name__} has hooks"
+        holders = [
+            ("attention", attention, cls.stock["Attention"]),
+            ("attention.self", attention_self, cls.stock["SelfAttention"]),
+            ("attention.output", attention_output, cls.stock["SelfOutput"]),
+            ("intermediate", intermediate, cls.stock["Intermediate"]),
+            ("output", output, cls.stock["Output"]),
+        ]
+        reason = why_not_plain(holders, except_of=_CAPTURE)
+        if reason:
+            return reason
+        if type(intermediate.intermediate_act_fn) not in _ACTIVATIONS:
+            return f"activation {intermediate.intermediate_act_fn} is not fused"
+        if attention_self.attention_head_size > MAX_HEAD_DIM:
+            return f"the head size is above {MAX_HEAD_DIM}"
         return why_not_plain(
             [
+                *((f"attention.self.{name}", attention_self._modules[name], nn.Linear) for name in _PROJECTIONS),
+                ("attention.self.dropout", attention_self._modules["dropout"], nn.Dropout),
                 ("attention.output.dense", attention_output._modules["dense"], nn.Linear),
+                ("attention.output.dropout", attention_output._modules["dropout"], nn.Dropout),
                 ("attention.output.LayerNorm", attention_output._modules["LayerNorm"], nn.LayerNorm),
                 ("intermediate.dense", intermediate._modules["dense"], nn.Linear),
                 ("output.dense", output._modules["dense"], nn.Linear),
+                ("output.dropout", output._modules["dropout"], nn.Dropout),
                 ("output.LayerNorm", output._modules["LayerNorm"], nn.LayerNorm),
             ]
         )
@@ -99,13 +114,19 @@ class _FusedLayer(nn.Module):
             return True
         if "attentions" in _collected():
             return True
-        return bool(self._why_not_plain(self))
+        parts: Any = self._modules
+        norms = (parts["attention"]._modules["output"], parts["output"])
+        if any(norm._modules["LayerNorm"].weight.dtype != hidden_states.dtype for norm in norms) and (
+            not torch.is_autocast_enabled(hidden_states.device.type)  # under it every norm is float32
+        ):
+            return True
+        return bool(self.why_not_fused(self))
 
     @staticmethod
     def _attention(module: Any, x: Tensor, attention_mask: Tensor | None, packing: PaddedPacking | None) -> Tensor:
         heads = (module.num_attention_heads, module.attention_head_size)
         parts = module._modules
-        query, key, value = (parts[name](x).unflatten(-1, heads) for name in ("query", "key", "value"))
+        query, key, value = (parts[name](x).unflatten(-1, heads) for name in _PROJECTIONS)
         dropout_p = parts["dropout"].p if module.training else 0.0
         if packing is not None:
             out = packing.attend(query, key, value, dropout_p=dropout_p, scale=module.scaling)
@@ -125,10 +146,18 @@ def _add_norm(x: Tensor, residual: Tensor, output: Any) -> Tensor:
 class _FusedEncoder(nn.Module):
     """A BERT encoder that leaves padding out on the CPU; mixed into a subclass of the family's own encoder."""
 
-    @staticmethod
-    def why_not_fusable(encoder: Any) -> str:
-        """Why an encoder cannot be fused, or "": it needs each of its layers fused."""
-        return next(filter(None, map(_FusedLayer.why_not_fusable, encoder.layer)), "")
+    fused_layer: ClassVar[type]
+
+    @classmethod
+    def why_not_fused(cls, encoder: Any) -> str:
+        """Why an encoder cannot run fused, or "": it needs each of its layers fused."""
+        for layer in encoder.layer:
+            if not issubclass(cls.fused_layer, type(layer)):
+                return f"{type(layer).__name__} is not a layer that is fused"
+            reason = cls.fused_layer.why_not_fused(layer)  # type: ignore[attr-defined]
+            if reason:
+                return str(reason)
+        return ""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the family's own encoder."""
@@ -143,11 +172,11 @@ class _FusedEncoder(nn.Module):
     def _padding(self, x: Tensor, attention_mask: Tensor | None, args: Any, kwargs: Any) -> Tensor | None:
         """Which tokens are real, bool ``[B, L]``, if this call can and should leave the others out, else None.
 
-        On a GPU the number of tokens would have to be waited for, and torch.compile would break the graph.
+        On a GPU the number of tokens would have to be waited for; a compiled or traced graph would keep this batch's.
         """
         if attention_mask is None or attention_mask.dtype != torch.bool or attention_mask.dim() != 4:
             return None
-        if x.is_cuda or x.dim() != 3 or torch.compiler.is_compiling():
+        if not x.is_cpu or x.dim() != 3 or torch.compiler.is_compiling() or torch._C._get_tracing_state():
             return None
         batch, length = x.shape[:2]
         if attention_mask.shape[1:] != (1, length, length) or attention_mask.shape[0] != batch:
@@ -164,21 +193,26 @@ class _FusedEncoder(nn.Module):
             return None
         layers: Any = self.layer
         for layer in layers:  # a hook would find packed tokens, and an unfused layer could not read them
-            if not isinstance(layer, _FusedLayer) or has_hooks(layer, _CAPTURE) or layer._why_not_plain(layer):
+            if not isinstance(layer, _FusedLayer) or has_hooks(layer, _CAPTURE) or layer.why_not_fused(layer):
                 return None
         return keep
+
+
+def _fused_class(mixin: type, plain: type, **attributes: Any) -> type:
+    name = f"Fused{plain.__name__}"
+    fused = type(name, (mixin, plain), {"__module__": __name__, "__doc__": mixin.__doc__, **attributes})
+    globals()[name] = fused  # so that a fused model can be pickled
+    return fused
 
 
 def _families() -> dict[type, type]:
     replacements: dict[type, type] = {}
     for module_name, prefix in FAMILIES.items():
         module = importlib.import_module(f"transformers.models.{module_name}.modeling_{module_name}")
-        for part, mixin in (("Layer", _FusedLayer), ("Encoder", _FusedEncoder)):
-            plain = getattr(module, prefix + part)
-            name = f"Fused{prefix}{part}"
-            fused = type(name, (mixin, plain), {"__module__": __name__, "__doc__": mixin.__doc__})
-            globals()[name] = fused  # so that a fused model can be pickled
-            replacements[plain] = fused
+        stock = {part: getattr(module, prefix + part) for part in _PARTS}
+        layer = _fused_class(_FusedLayer, getattr(module, prefix + "Layer"), stock=stock)
+        encoder = _fused_class(_FusedEncoder, getattr(module, prefix + "Encoder"), fused_layer=layer)
+        replacements |= {kind.__mro__[2]: kind for kind in (layer, encoder)}
     return replacements
 
 

@@ -8,27 +8,42 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as global_hooks
+
+_GLOBAL_HOOKS = (
+    global_hooks._global_forward_pre_hooks,
+    global_hooks._global_forward_hooks,
+    global_hooks._global_backward_pre_hooks,
+    global_hooks._global_backward_hooks,
+)
 
 
 def has_hooks(module: nn.Module, except_of: str = "") -> bool:
-    """True if calling the module would call hooks, but for forward hooks that the Python module `except_of` defines."""
+    """True if calling the module would do more than its class's forward: hooks, or a forward set on the instance.
+
+    Forward hooks that the Python module `except_of` defines do not count.
+    """
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    if "forward" in module.__dict__:
         return True
     return bool(module._forward_hooks) and any(
         getattr(hook, "__module__", None) != except_of for hook in module._forward_hooks.values()
     )
 
 
-def why_not_plain(modules: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> str:
+def why_not_plain(modules: Iterable[tuple[str, nn.Module, type[nn.Module]]], except_of: str = "") -> str:
     """Why these modules cannot be stood in for, or "": each must be of just its type, without hooks.
 
     A quantised, parametrised or adapter-wrapped module has another type; a hook expects to be called.
     """
+    if any(_GLOBAL_HOOKS):
+        return "hooks on all modules are set"
     for name, module, kind in modules:
         if type(module) is not kind:
             return f"{name} is a {type(module).__name__}, not a {kind.__name__}"
-        if has_hooks(module):
-            return f"{name} has hooks"
+        if has_hooks(module, except_of):
+            return f"{name} has hooks or a forward of its own"
     return ""
 
 

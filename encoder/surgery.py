@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -49,18 +50,15 @@ def fuse(model: nn.Module) -> FuseReport:
         >>> fusenc.unfuse(model)
     """
     _require_module(model)
-    replacements: dict[type, type] = {nn.TransformerEncoderLayer: TransformerEncoderLayer}
-    if "transformers" in sys.modules:  # else the model cannot hold one of its layers
-        from .huggingface import REPLACEMENTS
-
-        replacements.update(REPLACEMENTS)
+    replacements: dict[type, Any] = {nn.TransformerEncoderLayer: TransformerEncoderLayer}
+    of_transformers, problem = _of_transformers()
+    replacements.update(of_transformers)
     report = FuseReport()
+    if problem and any(type(module).__module__.startswith("transformers.") for module in model.modules()):
+        report.left[""] = problem
     for path, module in model.named_modules():
         replacement = replacements.get(type(module))
-        if replacement is None:
-            reason = _why_left(module, tuple(replacements))
-        else:
-            reason = replacement.why_not_fusable(module) if hasattr(replacement, "why_not_fusable") else ""
+        reason = _why_left(module, tuple(replacements)) if replacement is None else replacement.why_not_fused(module)
         if reason:
             report.left[path] = reason
         elif replacement is not None:
@@ -81,14 +79,22 @@ def unfuse(model: nn.Module) -> None:
     """
     _require_module(model)
     replaced: dict[type, type] = {TransformerEncoderLayer: nn.TransformerEncoderLayer}
-    if "transformers" in sys.modules:
-        from .huggingface import REPLACEMENTS
-
-        replaced.update({fused: plain for plain, fused in REPLACEMENTS.items()})
+    replaced.update({fused: plain for plain, fused in _of_transformers()[0].items()})
     for module in model.modules():
         plain = replaced.get(type(module))
         if plain is not None:
             module.__class__ = plain
+
+
+def _of_transformers() -> tuple[dict[type, type], str]:
+    """Replacements of the layers of Hugging Face's models, and why there are none although transformers is loaded."""
+    if "transformers" not in sys.modules:  # then no model can hold one of its layers
+        return {}, ""
+    try:
+        from .huggingface import REPLACEMENTS
+    except (ImportError, AttributeError) as error:
+        return {}, f"this version of transformers is not supported: {error}"
+    return REPLACEMENTS, ""
 
 
 def _why_left(module: nn.Module, known: tuple[type, ...]) -> str:

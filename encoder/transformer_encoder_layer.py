@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import kernels
+from .kernels.attention.eager import MAX_HEAD_DIM
 from .modules import activation_name, why_not_plain
 from .packing import Packing, attend
 
@@ -23,6 +24,8 @@ _PARTS: tuple[tuple[str, type[nn.Module]], ...] = (
     ("dropout1", nn.Dropout),
     ("dropout2", nn.Dropout),
 )
+
+_WEIGHTED = ("linear1", "linear2", "norm1", "norm2")
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -50,6 +53,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         attn = parts["self_attn"]
         if not attn._qkv_same_embed_dim or attn.bias_k is not None or attn.add_zero_attn:
             return "self_attn has options that are not fused"
+        if attn.head_dim > MAX_HEAD_DIM:
+            return f"the head size is above {MAX_HEAD_DIM}"
         return why_not_plain([("self_attn.out_proj", attn.out_proj, NonDynamicallyQuantizableLinear)])
 
     def forward(
@@ -90,7 +95,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             )  # fmt: skip
         if src.dim() not in (2, 3) or src.shape[-1] != attn.embed_dim or not src.is_floating_point():
             return False
-        if src.dtype != weight.dtype and not torch.is_autocast_enabled(src.device.type):
+        weights = [self._modules[name]._parameters["weight"] for name in _WEIGHTED]  # type: ignore[union-attr]
+        if any(w is not None and w.dtype != src.dtype for w in (weight, *weights)) and not torch.is_autocast_enabled(
+            src.device.type
+        ):
             return False
         if src_mask is None and src_key_padding_mask is None:
             return not is_causal

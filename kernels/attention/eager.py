@@ -8,6 +8,9 @@ from torch import Tensor
 
 from ..common import dropout
 
+MAX_HEAD_DIM = 256
+"""Of the kernels; the eager path has no such limit."""
+
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, seed: Tensor | None,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..common import checks, dropout, launch
 from ..common.triton_blocks import dropout_keep, load_block
+from .eager import MAX_HEAD_DIM
 from .triton_blocks import LN2, LOG2E, block_scores
 
 
@@ -170,9 +171,6 @@ _FORWARD = {
     (4, 128): AttentionConfig(32, 32, 8, 1),
     (4, 256): AttentionConfig(16, 16, 4, 1),
 }
-
-
-MAX_HEAD_DIM = 256
 
 
 class Call(NamedTuple):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import fusenc
@@ -308,3 +310,91 @@ def test_training_bert_on_the_gpu_path(device, backend):
         results.append(output_and_gradients(hidden, list(model.encoder.parameters())))
     assert fusenc.kernels.last_backend() == backend
     assert_same(results[1], results[0], SAME_ALGORITHM)
+
+
+def subclassed_attention(model):
+    attention = model.encoder.layer[0].attention.self
+    attention.__class__ = type("Other", (type(attention),), {"forward": lambda self, x, *a, **k: (x, None)})
+
+
+def patched_forward(model):
+    dense = model.encoder.layer[1].output.dense
+    dense.forward = lambda x: torch.nn.functional.linear(x, dense.weight * 2, dense.bias)
+
+
+def replaced_dropout(model):
+    model.encoder.layer[1].output.dropout = nn.Identity()
+
+
+@pytest.mark.parametrize("change", [subclassed_attention, patched_forward, replaced_dropout])
+@pytest.mark.parametrize("when", ["before fuse", "after fuse"])
+def test_code_of_the_users_runs(change, when):
+    """A part that does not do what the family's own does is never stood in for, and the report says so."""
+    model = small_model("bert").eval()
+    if when == "after fuse":
+        fusenc.fuse(model)
+    change(model)
+    if when == "before fuse":
+        number = 0 if change is subclassed_attention else 1
+        report = fusenc.fuse(model)
+        assert set(report.left) == {"encoder", f"encoder.layer.{number}"} and len(report.fused) == 1
+    expected = small_model("bert").eval()
+    change(expected)
+    inputs = batch()
+    real = inputs["attention_mask"].bool()
+    got = model(**inputs).last_hidden_state[real]
+    torch.testing.assert_close(got, expected(**inputs).last_hidden_state[real], rtol=0, atol=SAME_ALGORITHM * 10)
+
+
+def test_hooks_on_all_modules_are_called():
+    model, seen = small_model("bert").eval(), []
+    fusenc.fuse(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        model(**batch())
+    finally:
+        handle.remove()
+    assert seen.count("Linear") >= 12 and seen.count("LayerNorm") >= 4
+
+
+def test_the_report_is_true_for_torchs_layers():
+    model = nn.ModuleList(nn.TransformerEncoderLayer(8, 2) for _ in range(2))
+    model[1].linear1 = nn.Sequential(nn.Linear(8, 2048))
+    report = fusenc.fuse(model)
+    assert list(report.fused) == ["0"] and "linear1 is a Sequential" in report.left["1"]
+
+
+def test_a_traced_model_serves_other_masks():
+    model = small_model("bert").eval()
+    fusenc.fuse(model)
+    inputs = batch()
+    other = inputs["attention_mask"].flip(0)
+
+    class Run(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, mask):
+            return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    with torch.no_grad():
+        example = (inputs["input_ids"], inputs["attention_mask"])
+        traced = torch.jit.trace(Run(), example, check_trace=False)
+        got, expected = (call(inputs["input_ids"], other)[other.bool()] for call in (traced, Run()))
+    torch.testing.assert_close(got, expected, rtol=0, atol=SAME_ALGORITHM * 10)
+
+
+def test_a_transformers_that_is_not_known_leaves_torchs_layers_alone():
+    code = """
+import sys, types
+sys.modules["transformers"] = types.ModuleType("transformers")
+import torch, fusenc
+layer = torch.nn.TransformerEncoderLayer(8, 2)
+assert list(fusenc.fuse(layer).fused) == [""]
+fusenc.unfuse(layer)
+assert type(layer) is torch.nn.TransformerEncoderLayer
+foreign = type("Model", (torch.nn.Module,), {"__module__": "transformers.models.x"})()
+assert "not supported" in fusenc.fuse(foreign).left[""]
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
