@@ -84,7 +84,7 @@ def _visit_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["len_q", "len_k"])
+@triton.jit(do_not_specialize=["len_q"])
 def attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
@@ -202,7 +202,7 @@ def _visit_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["len_q", "len_k"])
+@triton.jit(do_not_specialize=["len_q"])
 def attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,

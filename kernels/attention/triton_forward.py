@@ -53,7 +53,7 @@ def _visit_keys(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["len_q", "len_k"])
+@triton.jit(do_not_specialize=["len_q"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, out_ptr, lse_ptr, statistics_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
