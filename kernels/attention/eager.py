@@ -18,8 +18,8 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Output and, on request, log-sum-exp; differentiable. torch's own kernel serves what it can on the CPU."""
     served = seed is None and not return_lse and not (is_causal and attn_mask is not None)
-    if served and attn_mask is not None:
-        served = attn_mask.dtype in (torch.bool, query.dtype)
+    if served and attn_mask is not None and attn_mask.dtype != torch.bool:
+        served = attn_mask.dtype == query.dtype and not (torch.is_grad_enabled() and _has_rows_of_large(attn_mask))
     if served and query.device.type == "cpu" and not query.is_cuda:  # it answers fully masked rows with 0, as we do
         out = F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=softmax_scale)
         return out, None
@@ -33,6 +33,24 @@ def attention(
         return out, None
     lse = scores.logsumexp(-1)
     return out, lse if nothing is None else lse.masked_fill(nothing, float("-inf"))
+
+
+_LARGE = 1e4
+
+
+def _has_rows_of_large(attn_mask: Tensor) -> bool:
+    """True if a row of a floating mask holds large numbers only (and not -inf).
+
+    torch's backward pass on the CPU recomputes the softmax from the log-sum-exp, which has lost all else in such a
+    row: its gradients are wrong by any factor.
+    """
+    if attn_mask.shape[-1] == 0 or torch.compiler.is_compiling():  # nor may a compiled graph depend on values
+        return False
+    largest = attn_mask.detach().amax(-1)
+    try:
+        return bool(((largest.abs() > _LARGE) & largest.isfinite()).any())
+    except RuntimeError:  # under torch.func.vmap nothing may depend on values
+        return False
 
 
 def _scores(

@@ -12,14 +12,14 @@ tl = triton.language
 pytestmark = [pytest.mark.kernel, pytest.mark.interpreter]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _interpreted():
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("counts accesses of the interpreter: run with TRITON_INTERPRET=1 --device interpreter")
 
 
 @pytest.fixture(scope="module")
-def passes():
+def passes(_interpreted):
     from fusenc.bench import traffic
 
     return {p.name: p for p in traffic.passes()}
