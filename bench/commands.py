@@ -59,7 +59,10 @@ def bench(
 
     if suite not in (*SUITES, "all"):
         raise _fail(f"unknown suite {suite!r}, expected one of {', '.join((*SUITES, 'all'))}")
-    run(list(SUITES) if suite == "all" else [suite], json, threads, rounds)
+    try:
+        run(list(SUITES) if suite == "all" else [suite], json, threads, rounds)
+    except OSError as error:  # a file that cannot be written
+        raise _fail(str(error)) from None
 
 
 @app.command()
@@ -77,17 +80,17 @@ def inspect(
     update_budget: Annotated[bool, typer.Option("--update-budget", help="Rewrite the committed budget.")] = False,
 ) -> None:
     """Read registers, spills, occupancy, instruction mix and speed bounds from machine code; no GPU is needed."""
-    from .machine_code import chips, command
-
-    archs = list(chips.chips()) if arch == "all" else arch.split(",")
     try:
+        from .machine_code import chips, command
+
+        archs = list(chips.chips()) if arch == "all" else arch.split(",")
         if launches:
             status = command.run_launches()
         elif traffic:
             status = command.run_traffic(kernels or [], json)
         else:
             status = command.run(kernels or [], archs, json, html, update_budget)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:  # OSError: a file that cannot be written
         raise _fail(str(error)) from None
     raise typer.Exit(status)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+import torch
 import triton
 from triton.runtime.jit import JITFunction
 
@@ -136,7 +137,9 @@ def inspect_shipped(
     if len(missing) > 1:
         # Kernels are not pickled: each process records the same units and is told which one by its position.
         with concurrent.futures.ProcessPoolExecutor(
-            max_workers=os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
+            max_workers=os.cpu_count(),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_prepare_process,
         ) as pool:
             futures = {pool.submit(_by_position, position[id(work[i][0])], work[i][1]): i for i in missing}
             for count, future in enumerate(concurrent.futures.as_completed(futures), len(work) - len(missing) + 1):
@@ -144,6 +147,10 @@ def inspect_shipped(
                 if advance:
                     advance(count, len(work))
     return [done[i] if i in done else figures_of(unit, chip) for i, (unit, chip) in enumerate(work)]
+
+
+def _prepare_process() -> None:
+    torch.set_num_threads(1)  # the processes share the cores already
 
 
 def _by_position(position: int, chip: Chip) -> Figures:

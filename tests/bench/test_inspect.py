@@ -224,6 +224,8 @@ def test_command(tmp_path, monkeypatch):
     assert unknown.exit_code == 2 and "attention_forward_kernel" in unknown.output
     assert run("--arch", "sm_1").exit_code == 2 and "gfx1100" in run("--arch", "sm_1").output
     assert run("delta_kernel", "--update-budget").exit_code == 2
+    nowhere = run("delta_kernel", "--arch", "sm_80", "--json", str(tmp_path / "missing" / "f.json"))
+    assert nowhere.exit_code == 2 and "No such file" in nowhere.output
 
     json_file, page = tmp_path / "f.json", tmp_path / "f.html"
     done = run("delta_kernel", "--arch", "sm_80,gfx942", "--json", str(json_file), "--html", str(page))
