@@ -6,6 +6,7 @@ never written reads as NaN. The execution is ttsem's; values are compared with e
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import subprocess
@@ -115,6 +116,22 @@ def _largest_error(got: list[Tensor], truth: list[Tensor], eager: list[Tensor], 
     return worst
 
 
+@contextlib.contextmanager
+def _session() -> Iterator[Any]:
+    """ttsem's session, after which the process no longer pretends to have a GPU: ttsem itself leaves the answers of
+    ``torch.cuda`` and Triton's driver as they were inside it, and torch.compile then looks for a GPU."""
+    from triton.runtime.driver import driver
+    from ttsem.sanitize import session
+
+    before = [(owner, vars(owner).copy()) for owner in (torch.cuda, driver)]
+    try:
+        with session(CAPABILITY, "fusenc verify") as state:
+            yield state
+    finally:
+        for owner, attributes in before:
+            vars(owner).update(attributes)
+
+
 def verify(names: list[str], advance: Callable[[int, int], None] | None = None) -> list[Row]:
     """Run every option of the named functions (all if empty) through ttsem.
 
@@ -122,7 +139,7 @@ def verify(names: list[str], advance: Callable[[int, int], None] | None = None) 
         VerifyError: ttsem is not installed, or an unknown function.
     """
     _need_ttsem()
-    from ttsem.sanitize import KernelFault, session
+    from ttsem.sanitize import KernelFault
 
     for name in names:
         if name not in functions():
@@ -135,7 +152,7 @@ def verify(names: list[str], advance: Callable[[int, int], None] | None = None) 
         with fusenc.kernels.use_backend("eager"):
             eager, truth = _run(call, inputs), _run(call, [t.double() for t in inputs])
         row = Row(function, option, 0, 0, float("nan"))
-        with session(CAPABILITY, "fusenc verify") as state:
+        with _session() as state:
             try:
                 row.error = _largest_error(_run(call, [t.cuda() for t in inputs]), truth, eager, dtype)
             except KernelFault as fault:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 from fusenc.bench.commands import app
 from typer.testing import CliRunner
 
@@ -55,6 +56,7 @@ def test_without_ttsem_it_says_what_to_install(monkeypatch):
 def test_shipped_functions_are_clean_and_wrong_values_are_seen(monkeypatch, tmp_path):
     from fusenc.bench import verify
 
+    before = torch.cuda.is_available
     options = [o for o in verify._options() if o[0] == "add_norm"][:2]
     monkeypatch.setattr(verify, "_options", lambda: iter(options))
     table = tmp_path / "table.md"
@@ -68,3 +70,4 @@ def test_shipped_functions_are_clean_and_wrong_values_are_seen(monkeypatch, tmp_
     monkeypatch.setattr(triton_forward, "add_norm_forward", lambda *a: real(*a[:6], 1e-1, *a[7:]))  # another eps
     rows = verify.verify([])
     assert all("values" in row.fault for row in rows)
+    assert torch.cuda.is_available is before  # the pretence of a GPU ends with the search
