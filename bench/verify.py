@@ -18,7 +18,7 @@ from typing import Any
 
 import fusenc
 import torch
-from fusenc.kernels import add_norm, attention, ffn
+from fusenc.kernels import BlockMask, add_norm, alibi_slopes, attention, attention_varlen, ffn
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -70,6 +70,29 @@ def _options() -> Iterator[tuple[str, str, Callable[..., Tensor], list[tuple[int
     swapped: list[tuple[int, ...]] = [(b, length, h, d) for b, h, length, d in heads]
     strided = lambda q, k, v: attention(*(t.transpose(1, 2) for t in (q, k, v)))  # noqa: E731
     yield "attention", "[B, L, H, D] views", strided, swapped, torch.float16
+
+    few = [heads[0], *[(2, 1, 70, 40)] * 2]
+    starts_q, starts_k = torch.tensor([0, 40, 40, 77]), torch.tensor([0, 30, 35, 90])
+    tokens: list[tuple[int, ...]] = [(77, 2, 40), (90, 2, 40), (90, 2, 24)]
+    blocks = BlockMask.sliding_window(70, 20, global_tokens=1, block_size=16)
+    attend: Any = attention
+    attend_packed: Any = attention_varlen
+    calls: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
+        "window, bottom right": (lambda *t: attend(*t, window=(9, 3), alignment="bottom_right"), heads),
+        "heads share keys": (lambda *t: attend(*t, enable_gqa=True), few),
+        "softcap and ALiBi": (lambda *t: attend(*t, softcap=3.0, alibi_slopes=alibi_slopes(2, t[0].device)), heads),
+        "bias with gradient": (lambda *t: attend(*t[:3], t[3]), [*heads, (1, 2, 50, 70)]),
+        "relative bias with gradient": (lambda *t: attend(*t[:3], relative_bias=t[3]), [*heads, (2, 33)]),
+        "lengths": (lambda q, k, v: attend(q, k, v, seqlens_k=torch.tensor([70, 9], device=q.device)), heads),
+        "block mask": (
+            lambda q, k, v: attend(q, k, v, block_mask=blocks.to(q.device)), [(2, 2, 70, 40)] * 3
+        ),
+        "packed": (
+            lambda q, *kv: attend_packed(q, *kv, starts_q.to(q.device), starts_k.to(q.device), 40, 55), tokens
+        ),
+    }  # fmt: skip
+    for name, (call, shapes) in calls.items():
+        yield "attention", name, call, shapes, torch.float16
 
     rows: list[tuple[int, ...]] = [(75, 100), (75, 100), (100,), (100,)]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

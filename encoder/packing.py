@@ -3,48 +3,36 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .kernels import attention
+from .kernels import attention, attention_varlen
 
 
 class Packing:
     """Where each sequence lies among packed tokens ``[T, ...]``.
 
-    Neighbouring sequences of equal length form one group, which attention takes as one dense batch.
-
     Args:
         lengths: tokens of each sequence, in the order in which they are packed.
+        device: of the tokens.
     """
 
-    def __init__(self, lengths: Iterable[int]) -> None:
-        self.groups: list[tuple[int, int, int]] = []
-        """First token, number of sequences and length of each group; empty sequences have none."""
-        start = 0
-        for length, sequences in itertools.groupby(lengths):
-            count = len(list(sequences))
-            if length:
-                self.groups.append((start, count, length))
-            start += count * length
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+        self.longest = max(lengths, default=0)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float = 0.0, scale: float | None = None
     ) -> Tensor:
         """Attention inside each sequence; ``[T, H, D]`` each, as is the result."""
-        parts = []
-        for start, count, length in self.groups:
-            q, k, v = (
-                t[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
-                for t in (query, key, value)
-            )
-            out = attention(q, k, v, dropout_p=dropout_p, scale=scale)
-            parts.append(out.transpose(1, 2).flatten(0, 1))
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(parts) if parts else value
+        cu_seqlens, longest = self.cu_seqlens, self.longest
+        out = attention_varlen(
+            query, key, value, cu_seqlens, cu_seqlens, longest, longest, dropout_p=dropout_p, scale=scale
+        )
+        assert isinstance(out, Tensor)
+        return out
 
 
 class PaddedPacking(Packing):
@@ -60,7 +48,7 @@ class PaddedPacking(Packing):
         sequence, position = keep[order].nonzero(as_tuple=True)
         self._tokens = order[sequence] * keep.shape[1] + position
         self._shape = keep.shape
-        super().__init__(lengths[order].tolist())
+        super().__init__(lengths[order].tolist(), keep.device)
 
     def pack(self, padded: Tensor) -> Tensor:
         """``[B, L, ...]`` to the real tokens ``[T, ...]``; differentiable."""

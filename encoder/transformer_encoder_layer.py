@@ -137,7 +137,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     def _forward_nested(self, src: Tensor) -> Tensor:
         """A nested tensor, as `nn.TransformerEncoder` makes of a padded batch in inference; the result is one too."""
         sequences = src.unbind()
-        out = self._layer(torch.cat(sequences), True, None, False, Packing(len(s) for s in sequences))
+        out = self._layer(torch.cat(sequences), True, None, False, Packing([len(s) for s in sequences], src.device))
         return torch._nested_view_from_buffer(
             out.contiguous().view(-1),
             src._nested_tensor_size(),

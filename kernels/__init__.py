@@ -5,8 +5,32 @@ which one ran.
 """
 
 from .add_norm import add_norm
-from .attention import attention
+from .attention import (
+    BlockMask,
+    SdpaReport,
+    alibi_slopes,
+    attention,
+    attention_varlen,
+    attention_weights,
+    sdpa_replacement,
+    t5_relative_bias,
+)
 from .common.backend import get_backend, last_backend, set_backend, use_backend
 from .ffn import ffn
 
-__all__ = ["add_norm", "attention", "ffn", "get_backend", "last_backend", "set_backend", "use_backend"]
+__all__ = [
+    "BlockMask",
+    "SdpaReport",
+    "add_norm",
+    "alibi_slopes",
+    "attention",
+    "attention_varlen",
+    "attention_weights",
+    "ffn",
+    "get_backend",
+    "last_backend",
+    "sdpa_replacement",
+    "set_backend",
+    "t5_relative_bias",
+    "use_backend",
+]

@@ -6,7 +6,7 @@ import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,19 @@ _TYPES = {
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
+Place = str | tuple[str, int]
+"""An argument, or an element of one that is a tuple."""
+
+
 @dataclass
 class Launch:
     """One recorded launch: the kernel, what its arguments specialise to, and its options."""
 
     kernel: JITFunction
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    divisible: list[str]
+    signature: dict[str, Any]
+    """Triton's name of each argument's type; of a tuple a tuple of them."""
+    constants: Mapping[Place, Any]
+    divisible: Sequence[Place]
     options: dict[str, Any]
 
     @property
@@ -51,8 +56,10 @@ class Launch:
 
 
 @contextlib.contextmanager
-def record_launches() -> Iterator[list[Launch]]:
+def record_launches(arch: str = "") -> Iterator[list[Launch]]:
     """Inside, the library takes the GPU path with tensors of any device, and launches are recorded instead of run.
+
+    They have the configurations of `arch`, a key of ``chips.toml``, or those for chips without their own.
 
     Outputs are what `torch.empty` left in memory, so only the launches mean anything.
     """
@@ -68,6 +75,7 @@ def record_launches() -> Iterator[list[Launch]]:
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(backend, "use_triton", use_triton),
         mock.patch.object(launch, "compute_units", lambda index: 108),
+        mock.patch.object(launch, "architecture", lambda index: arch),
     ):
         yield launches
 
@@ -77,22 +85,32 @@ def _recorded(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
     general = {p.name for p in kernel.params if p.do_not_specialize}
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    divisible: list[str] = []
+    signature: dict[str, Any] = {}
+    constants: dict[Place, Any] = {}
+    divisible: list[Place] = []
+
+    def specialise(place: Place, value: Any, specialised: bool) -> str:
+        if value is None or (isinstance(value, int) and value == 1 and specialised):
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, Tensor):
+            divisible.append(place)  # torch aligns its allocations; a view may say otherwise, and compiles anew
+            return "*" + _TYPES[value.dtype]
+        if isinstance(value, int):
+            if value % 16 == 0 and specialised:
+                divisible.append(place)
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        return "fp32"
+
     for name in kernel.arg_names:
         value = values[name]
-        if name in constexprs or value is None or (isinstance(value, int) and value == 1 and name not in general):
+        if name in constexprs:
             signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
-            divisible.append(name)  # torch aligns its allocations; a view may say otherwise, and compiles anew
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and name not in general:
-                divisible.append(name)
+        elif isinstance(value, tuple):
+            parts = enumerate(value)
+            signature[name] = tuple(specialise((name, i), part, name not in general) for i, part in parts)
         else:
-            signature[name] = "fp32"
+            signature[name] = specialise(name, value, name not in general)
     return Launch(kernel, signature, constants, divisible, options)
 
 
@@ -119,12 +137,16 @@ def compile_for(recorded: Launch, chip: Chip) -> Compiled:
     Raises:
         Exception: whatever Triton or the assembler raises for a kernel that does not compile.
     """
-    index = recorded.kernel.arg_names.index
+
+    def path(place: Place) -> tuple[int, ...]:
+        name, *rest = (place,) if isinstance(place, str) else place
+        return (recorded.kernel.arg_names.index(name), *rest)
+
     source = ASTSource(
         recorded.kernel,
         recorded.signature,
-        {(index(name),): value for name, value in recorded.constants.items()},
-        {(index(name),): [["tt.divisibility", 16]] for name in recorded.divisible},
+        {path(place): value for place, value in recorded.constants.items()},
+        {path(place): [["tt.divisibility", 16]] for place in recorded.divisible},
     )
     compiled = triton.compile(source, target=chip.gpu_target, options=recorded.options)
     warps = int(compiled.metadata.num_warps)

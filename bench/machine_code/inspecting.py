@@ -70,7 +70,8 @@ def inspect_kernel(
     if aligned is None:
         aligned = [name for name, kind in signature.items() if kind.startswith("*")]
     whole = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    launch = Launch(kernel, whole, constants, list(aligned), {"num_warps": num_warps, "num_stages": num_stages})
+    places: dict[Any, Any] = dict(constants)
+    launch = Launch(kernel, whole, places, list(aligned), {"num_warps": num_warps, "num_stages": num_stages})
     return figures_of(Unit("", launch), chip)
 
 
@@ -130,9 +131,9 @@ def inspect_shipped(
     Raises:
         ValueError: an unknown kernel or arch.
     """
-    work = [(unit, chip) for chip in chips.chosen(archs) for unit in shipped.chosen(list(kernels))]
+    work = [(unit, chip) for chip in chips.chosen(archs) for unit in shipped.chosen(list(kernels), chip.arch)]
     missing = [i for i, (unit, chip) in enumerate(work) if not _cache_file(unit, chip).exists()]
-    position = {id(unit): i for i, unit in enumerate(shipped.units())}
+    position = {id(unit): i for chip in chips.chosen(archs) for i, unit in enumerate(shipped.units(chip.arch))}
     done: dict[int, Figures] = {}
     if len(missing) > 1:
         # Kernels are not pickled: each process records the same units and is told which one by its position.
@@ -154,4 +155,4 @@ def _prepare_process() -> None:
 
 
 def _by_position(position: int, chip: Chip) -> Figures:
-    return figures_of(shipped.units()[position], chip)
+    return figures_of(shipped.units(chip.arch)[position], chip)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fusenc.kernels import add_norm, attention, ffn
+from fusenc.kernels import BlockMask, add_norm, attention, attention_varlen, ffn
 from torch import Tensor
 
 from .compiling import Launch, record_launches
@@ -38,15 +38,32 @@ def _calls() -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[int, ...]]
     half_heads = [(HALF, d) for d in (16, 32, 64, 128, 256)]
     for dtype, head in [*half_heads, (BRAIN, 64), *((FLOAT, d) for d in (16, 32, 64, 128, 256))]:
         yield f"{_name(dtype)} head {head}", attention, [(2, 4, 512, head)] * 3, dtype
+
+    def mask(*shape: int, dtype: torch.dtype = HALF, gradient: bool = False) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=gradient)
+
+    blocks = BlockMask.sliding_window(512, 128)
     options: dict[str, dict[str, Any]] = {
         "causal": {"is_causal": True},
-        "padding mask": {"attn_mask": torch.empty(2, 1, 1, 512, dtype=torch.bool, device="meta")},
-        "bias": {"attn_mask": torch.empty(2, 4, 512, 512, dtype=HALF, device="meta")},
+        "padding mask": {"attn_mask": mask(2, 1, 1, 512, dtype=torch.bool)},
+        "bias": {"attn_mask": mask(1, 4, 512, 512, gradient=True)},
         "dropout": {"dropout_p": 0.1},
+        "relative bias, softcap": {"relative_bias": mask(4, 257, gradient=True), "softcap": 30.0},
+        "block mask": {"block_mask": blocks.to("meta")},
     }
     for option, arguments in options.items():
         call = functools.partial(attention, **arguments)
         yield f"float16 head 64 {option}", call, [(2, 4, 512, 64)] * 3, HALF
+    starts = torch.empty(3, dtype=torch.int32, device="meta")
+    packed: Any = functools.partial(
+        attention_varlen,
+        cu_seqlens_q=starts,
+        cu_seqlens_k=starts,
+        max_seqlen_q=512,
+        max_seqlen_k=512,
+        window=(128, 128),
+    )
+    yield "float16 head 64 packed, window, 4 heads share a key head", packed, [(800, 8, 64), *[(800, 2, 64)] * 2], HALF
     yield "float16 head 80", attention, [(2, 4, 512, 80)] * 3, HALF
 
     for dtype, width in [(t, w) for t in (HALF, FLOAT) for w in (64, 384, 768, 1024, 4096, 8192, 16384)]:
@@ -66,13 +83,13 @@ def _calls() -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[int, ...]]
 
 
 @functools.cache
-def units() -> tuple[Unit, ...]:
-    """All units, each distinct launch once, under the first case that makes it."""
+def units(arch: str) -> tuple[Unit, ...]:
+    """All units of a chip, each distinct launch once, under the first case that makes it."""
     found: dict[str, Unit] = {}
     for case, call, shapes, dtype in _calls():
         # Half the inputs of a real call are views of one projection; here each has memory of its own, aligned.
         inputs = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes]
-        with record_launches() as launches:
+        with record_launches(arch) as launches:
             out = call(*inputs)
             out.backward(torch.empty_like(out))
         seen: dict[str, int] = {}
@@ -85,11 +102,11 @@ def units() -> tuple[Unit, ...]:
 
 def kernels() -> list[str]:
     """The names of all shipped kernels, in order of appearance."""
-    return list(dict.fromkeys(unit.kernel for unit in units()))
+    return list(dict.fromkeys(unit.kernel for unit in units("")))
 
 
-def chosen(names: list[str]) -> list[Unit]:
-    """The units of the named kernels; all if `names` is empty.
+def chosen(names: list[str], arch: str) -> list[Unit]:
+    """The units of the named kernels, all if `names` is empty, as a chip launches them.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
@@ -97,4 +114,4 @@ def chosen(names: list[str]) -> list[Unit]:
     for name in names:
         if name not in kernels():
             raise ValueError(f"unknown kernel {name!r}, expected one of {', '.join(kernels())}")
-    return [unit for unit in units() if not names or unit.kernel in names]
+    return [unit for unit in units(arch) if not names or unit.kernel in names]

@@ -2,37 +2,140 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention  # torch's own, whatever `sdpa_replacement` does
+from torch.utils.checkpoint import checkpoint
 
 from ..common import dropout
+from .arguments import Inputs, Options, position_offset, sequences
 
 MAX_HEAD_DIM = 256
 """Of the kernels; the eager path has no such limit."""
 
+_SCORES_AT_A_TIME = 1 << 24
+"""Scores kept at a time; more are computed some queries after the other, and again for the gradients."""
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, seed: Tensor | None,
-    dropout_p: float, is_causal: bool, softmax_scale: float, return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+
+def attention(inputs: Inputs, options: Options, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """Output and, on request, log-sum-exp; differentiable. torch's own kernel serves what it can on the CPU."""
-    served = seed is None and not return_lse and not (is_causal and attn_mask is not None)
-    if served and attn_mask is not None and attn_mask.dtype != torch.bool:
-        served = attn_mask.dtype == query.dtype and not (torch.is_grad_enabled() and _has_rows_of_large(attn_mask))
-    if served and query.device.type == "cpu" and not query.is_cuda:  # it answers fully masked rows with 0, as we do
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=softmax_scale)
-        return out, None
-    wide = torch.promote_types(query.dtype, torch.float32)
-    scores, nothing = _scores(query.to(wide), key.to(wide), attn_mask, is_causal, softmax_scale)
-    probabilities = _softmax(scores, nothing)
-    if seed is not None:
-        probabilities = dropout.dropout(probabilities, seed, dropout_p)
-    out = (probabilities @ value.to(wide)).to(query.dtype)
-    if not return_lse:
-        return out, None
-    lse = scores.logsumexp(-1)
-    return out, lse if nothing is None else lse.masked_fill(nothing, float("-inf"))
+    if inputs.seqlens_q is None:
+        return _dense(inputs, options, return_lse, None)
+    if inputs.query.is_meta:
+        shape = inputs.query.shape
+        out = inputs.query.new_empty((*shape[:3], inputs.value.shape[3]))
+        return out, inputs.query.new_empty(shape[:3], dtype=_wide(inputs.query)) if return_lse else None
+    return _by_sequence(inputs, options, return_lse)
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _groups(inputs: Inputs, options: Options) -> Iterator[tuple[Inputs, slice, list[int] | None]]:
+    """A ragged batch as dense ones, of neighbouring sequences of equal lengths: the tensors of each, which sequences it
+    has, and the first row of each sequence and head for dropout."""
+    assert inputs.seqlens_q is not None and inputs.seqlens_k is not None
+    lengths_q, lengths_k = ([int(n) for n in t.tolist()] for t in (inputs.seqlens_q, inputs.seqlens_k))
+    starts_q, starts_k = lengths_q, lengths_k
+    if options.packed:
+        lengths_q, lengths_k = ([b - a for a, b in itertools.pairwise(starts)] for starts in (starts_q, starts_k))
+    nhead, total = inputs.query.shape[1:3]
+    first = 0
+    for (len_q, len_k), members in itertools.groupby(zip(lengths_q, lengths_k, strict=True)):
+        count = len(list(members))
+        group = slice(first, first + count)
+
+        def of_group(t: Tensor, starts: list[int], length: int, group: slice = group, count: int = count) -> Tensor:
+            if not options.packed:
+                return t[group, :, :length]
+            start = starts[group.start]
+            return t[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+
+        mask = _of_group(inputs.attn_mask, group)
+        if mask is not None:
+            mask = mask[:, :, : len_q if mask.shape[2] > 1 else 1, : len_k if mask.shape[3] > 1 else 1]
+        rows = None
+        if inputs.seed is not None:
+            both = itertools.product(range(first, first + count), range(nhead))
+            rows = [h * total + starts_q[b] if options.packed else (b * nhead + h) * total for b, h in both]
+        dense = inputs._replace(
+            query=of_group(inputs.query, starts_q, len_q), key=of_group(inputs.key, starts_k, len_k),
+            value=of_group(inputs.value, starts_k, len_k), attn_mask=mask, seqlens_q=None, seqlens_k=None,
+            alibi_slopes=_of_group(inputs.alibi_slopes, group), block_map=_of_group(inputs.block_map, group),
+        )  # fmt: skip
+        first += count
+        yield dense, group, rows
+
+
+def _by_sequence(inputs: Inputs, options: Options, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    outs, lses = [], []
+    total = inputs.query.shape[2]
+    for dense, _, rows in _groups(inputs, options):
+        len_q = dense.query.shape[2]
+        if options.packed and len_q == 0:
+            continue
+        out, lse = _dense(dense, options, return_lse, rows)
+        outs.append(out.transpose(1, 2).flatten(0, 1) if options.packed else pad(out, (0, 0, 0, total - len_q)))
+        if lse is not None:
+            whole = pad(lse, (0, total - len_q), value=float("-inf"))
+            lses.append(lse.transpose(0, 1).flatten(1) if options.packed else whole)
+    if not outs:  # no query at all
+        nothing = (inputs.query.sum() + inputs.key.sum() + inputs.value.sum()) * 0
+        shape = inputs.query.shape[:3]
+        out = inputs.query.new_zeros((*shape, inputs.value.shape[3])) + nothing
+        return out, inputs.query.new_zeros(shape, dtype=_wide(inputs.query)) + nothing if return_lse else None
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    lse = None
+    if return_lse:
+        lse = torch.cat(lses, 1)[None] if options.packed else torch.cat(lses)
+    return (out.transpose(0, 1)[None] if options.packed else out), lse
+
+
+def _of_group(t: Tensor | None, group: slice) -> Tensor | None:
+    return t if t is None or t.shape[0] == 1 else t[group]
+
+
+def _dense(
+    inputs: Inputs, options: Options, return_lse: bool, first_rows: Sequence[int] | None
+) -> tuple[Tensor, Tensor | None]:
+    if not return_lse and (served := _served_by_torch(inputs, options)) is not None:
+        return served, None
+    batch, nhead, len_q, _ = inputs.query.shape
+    step = max(1, _SCORES_AT_A_TIME // max(1, batch * nhead * inputs.key.shape[2]))
+    if len_q <= step or inputs.query.is_meta:
+        return _some_queries(inputs, options, 0, len_q, return_lse, first_rows)
+    parts = []
+    for start in range(0, len_q, step):
+        arguments = (inputs, options, start, min(start + step, len_q), return_lse, first_rows)
+        parts.append(checkpoint(_some_queries, *arguments, use_reentrant=False, preserve_rng_state=False))
+    out = torch.cat([part[0] for part in parts], 2)
+    return out, torch.cat([part[1] for part in parts], 2) if return_lse else None
+
+
+def _served_by_torch(inputs: Inputs, options: Options) -> Tensor | None:
+    """The output of torch's own attention where it does what is asked, which it does fast on the CPU."""
+    query, key, value, attn_mask, *rest = inputs
+    causal = options.right == 0
+    if (
+        query.device.type != "cpu" or query.is_cuda or any(t is not None for t in rest)
+        or options.left >= 0 or options.right > 0 or options.softcap > 0.0
+        or (causal and (attn_mask is not None or (options.bottom_right and query.shape[2] != key.shape[2])))
+    ):  # fmt: skip
+        return None
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        if attn_mask.dtype != query.dtype or attn_mask.requires_grad:
+            return None
+        if torch.is_grad_enabled() and _has_rows_of_large(attn_mask):
+            return None
+    grouped = bool(query.shape[1] != key.shape[1])  # a traced model's sizes are tensors
+    return scaled_dot_product_attention(  # it answers rows with every key masked with 0, as we do
+        query, key, value, attn_mask, 0.0, causal, scale=options.softmax_scale, enable_gqa=grouped
+    )
 
 
 _LARGE = 1e4
@@ -53,52 +156,141 @@ def _has_rows_of_large(attn_mask: Tensor) -> bool:
         return False
 
 
-def _scores(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, softmax_scale: float
+def _some_queries(
+    inputs: Inputs, options: Options, start: int, end: int, return_lse: bool, first_rows: Sequence[int] | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Masked scores ``[B, H, Lq, Lk]`` and which rows have nothing to attend to (None: no row can lack it).
+    """Output and log-sum-exp of the queries ``[start, end)``."""
+    query, key, value, *_ = inputs
+    wide = _wide(query)
+    if (group := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores, nothing = scores_of(query[:, :, start:end].to(wide), key.to(wide), inputs, options, start)
+    probabilities = scores.softmax(-1)
+    if nothing is not None:
+        probabilities = probabilities.masked_fill(nothing[..., None], 0.0)
+    if inputs.seed is not None:
+        if first_rows is None and end - start < query.shape[2]:
+            first_rows = [part * query.shape[2] for part in range(query.shape[0] * query.shape[1])]
+        if first_rows is not None:
+            first_rows = [row + start for row in first_rows]
+        probabilities = dropout.dropout(probabilities, inputs.seed, options.dropout_p, first_rows)
+    out = (probabilities @ value.to(wide)).to(query.dtype)
+    if not return_lse:
+        return out, None
+    lse = scores.logsumexp(-1)
+    return out, lse if nothing is None else lse.masked_fill(nothing, float("-inf"))
+
+
+def attention_weights(inputs: Inputs, options: Options, first_row: int, row_count: int, average: bool) -> Tensor:
+    """The softmax weights of some queries, ``[B, H or 1, rows, Lk]``, a block of queries at a time."""
+    if inputs.seqlens_q is not None:
+        count = sequences(inputs, options)
+        shape = (count, 1 if average else inputs.query.shape[1], row_count, options.max_len_k)
+        whole = inputs.query.new_zeros(shape, dtype=_wide(inputs.query))
+        for dense, group, _ in _groups(inputs, options):
+            rows = max(0, min(dense.query.shape[2] - first_row, row_count))
+            part = attention_weights(dense, options, first_row, rows, average)
+            whole[group, :, :rows, : part.shape[3]] = part
+        return whole
+    query, key, *_ = inputs
+    batch, nhead, _, _ = query.shape
+    len_k = key.shape[2]
+    wide = _wide(query)
+    whole = query.new_empty((batch, 1 if average else nhead, row_count, len_k), dtype=wide)
+    key = key.repeat_interleave(nhead // key.shape[1], 1).to(wide)
+    step = max(1, _SCORES_AT_A_TIME // max(1, batch * nhead * len_k))
+    for start in range(0, row_count, step):
+        rows = min(step, row_count - start)
+        part = query[:, :, first_row + start : first_row + start + rows].to(wide)
+        scores, nothing = scores_of(part, key, inputs, options, first_row + start)
+        weights = scores.softmax(-1)
+        if nothing is not None:
+            weights = weights.masked_fill(nothing[..., None], 0.0)
+        whole[:, :, start : start + rows] = weights.mean(1, keepdim=True) if average else weights
+    return whole
+
+
+def scores_of(query: Tensor, key: Tensor, inputs: Inputs, options: Options, start: int) -> tuple[Tensor, Tensor | None]:
+    """Masked scores ``[B, H, rows, Lk]`` of the queries from `start` on, and which of them see nothing (None: each sees
+    something).
 
     The scores of such a row are 0, not -inf, so that no NaN arises from it forward or backward.
     """
-    scores = query @ key.transpose(-1, -2) * softmax_scale
-    if attn_mask is None and key.shape[2] > 0:  # even a causal mask leaves each query the first key
-        if is_causal:
-            scores = scores.masked_fill(~_below_diagonal(scores), float("-inf"))
-        return scores, None
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, float("-inf"))
+    scores = query @ key.transpose(-1, -2) * options.softmax_scale
+    if options.softcap > 0.0:
+        scores = options.softcap * (scores / options.softcap).tanh()
+    rows, len_k = query.shape[2], key.shape[2]
+    offset = start + position_offset(options, inputs.query.shape[2], len_k)
+    distance = None
+    if options.left >= 0 or options.right >= 0 or inputs.relative_bias is not None or inputs.alibi_slopes is not None:
+        positions = torch.arange(max(rows, len_k), device=query.device)
+        distance = positions[:len_k] - positions[:rows, None] - offset
+    if inputs.alibi_slopes is not None:
+        assert distance is not None
+        scores = scores - inputs.alibi_slopes.to(scores.dtype)[:, :, None, None] * distance.abs()
+    if inputs.relative_bias is not None:
+        assert distance is not None
+        reach = inputs.relative_bias.shape[1] // 2
+        entry = distance.clamp(-reach, reach) + reach
+        added = inputs.relative_bias.to(scores.dtype).index_select(1, entry.flatten())
+        scores = scores + added.unflatten(1, entry.shape)
+    allowed = None
+    if options.left >= 0:
+        assert distance is not None
+        allowed = distance >= -options.left
+    if options.right >= 0:
+        assert distance is not None
+        allowed = distance <= options.right if allowed is None else allowed & (distance <= options.right)
+    mask = inputs.attn_mask
+    if mask is not None:
+        mask = mask[:, :, start : start + rows] if mask.shape[2] > 1 else mask
+        if mask.dtype == torch.bool:
+            allowed = mask if allowed is None else allowed & mask
         else:
-            scores = scores + attn_mask.to(scores.dtype)
-    if is_causal:
-        scores = scores.masked_fill(~_below_diagonal(scores), float("-inf"))
+            scores = scores + mask.to(scores.dtype)
+    if inputs.block_map is not None:
+        assert inputs.tiles is not None
+        seen = elements_seen(inputs.block_map, inputs.tiles, start, rows, len_k)
+        allowed = seen if allowed is None else allowed & seen
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    first_is_seen = options.left < 0 and (options.right < 0 or offset + options.right >= 0)
+    if len_k > 0 and mask is None and inputs.block_map is None and first_is_seen:  # by every query
+        return scores, None
     nothing = (scores == float("-inf")).all(-1)
     return scores.masked_fill(nothing[..., None], 0.0), nothing
 
 
-def _below_diagonal(scores: Tensor) -> Tensor:
-    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-
-
-def _softmax(scores: Tensor, nothing: Tensor | None) -> Tensor:
-    probabilities = scores.softmax(-1)
-    return probabilities if nothing is None else probabilities.masked_fill(nothing[..., None], 0.0)
+def elements_seen(block_map: Tensor, tiles: Tensor, start: int, rows: int, len_k: int) -> Tensor:
+    """The rows from `start` on of a block mask, element by element: bool ``[1 or B, 1 or H, rows, Lk]``."""
+    size = tiles.shape[1]
+    first = start // size
+    kinds = block_map[:, :, first : (start + rows - 1) // size + 1]
+    known = torch.zeros((2, size, size), dtype=torch.bool, device=tiles.device)
+    known[1] = True
+    whole = torch.cat([known, tiles])[kinds.long()]  # [b, h, blocks of queries, blocks of keys, size, size]
+    whole = whole.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return whole[:, :, start - first * size :][:, :, :rows, :len_k]
 
 
 def attention_backward(
-    dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
-    seed: Tensor | None, out: Tensor, statistics: Tensor, dropout_p: float, is_causal: bool, softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients as formulas (FlashAttention-2, algorithm 2), for the operator of ``torch.compile``."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    q, k, v, do = query.to(wide), key.to(wide), value.to(wide), dout.to(wide)
-    p = _softmax(*_scores(q, k, attn_mask, is_causal, softmax_scale))
-    delta = (out.to(wide) * do).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse
-    dp = dropout.dropout(do @ v.transpose(-1, -2), seed, dropout_p)
-    ds = p * (dp - delta[..., None])
-    dv = dropout.dropout(p, seed, dropout_p).transpose(-1, -2) @ do
-    dq = ds @ k * softmax_scale
-    dk = ds.transpose(-1, -2) @ q * softmax_scale
-    return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+    dout: Tensor, dlse: Tensor | None, inputs: Inputs, options: Options, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the first five inputs, as far as `needs` asks for them, for the operator of ``torch.compile``."""
+    with torch.enable_grad():
+        leaves = [
+            t.detach().requires_grad_(want) if t is not None else None
+            for t, want in zip(inputs[:5], needs, strict=True)
+        ]
+        differentiable: dict[str, Any] = dict(zip(inputs._fields, leaves, strict=False))
+        out, lse = attention(inputs._replace(**differentiable), options, dlse is not None)
+        wanted = [t for t in leaves if t is not None and t.requires_grad]
+        outputs, upstream = [out], [dout]
+        if lse is not None and dlse is not None:
+            outputs, upstream = [out, lse], [dout, dlse]
+        grads = iter(torch.autograd.grad(outputs, wanted, upstream, allow_unused=True))
+    found = [next(grads) if t is not None and t.requires_grad else None for t in leaves]
+    return tuple(
+        torch.zeros_like(t) if want and grad is None and t is not None else grad
+        for t, want, grad in zip(leaves, needs, found, strict=True)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,118 +10,144 @@ from torch import Tensor
 
 from ..common import backend, operator
 from . import eager
+from .arguments import Inputs, Options
+
+_TENSORS = len(Inputs._fields)
+DIFFERENTIABLE = 5
+"""Of the inputs the first so many: query, key, value, attn_mask, relative_bias."""
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, seed: Tensor | None,
-    dropout_p: float, is_causal: bool, softmax_scale: float, return_lse: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output, log-sum-exp (float32) and what the backward pass needs of it, on whichever backend serves `query`.
-
-    Without `return_lse` the eager path's log-sum-exp is zeros: its backward pass needs none."""
-    if backend.use_triton(query):
+def forward(inputs: Inputs, options: Options, return_lse: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Output, log-sum-exp (float32) if asked for, and what the backward pass needs of it, on whichever backend serves
+    the query; the eager one needs nothing."""
+    if backend.use_triton(inputs.query):
         from .triton_forward import attention_forward
 
-        return attention_forward(query, key, value, attn_mask, seed, dropout_p, is_causal, softmax_scale)
-    out, lse = eager.attention(query, key, value, attn_mask, seed, dropout_p, is_causal, softmax_scale, return_lse)
-    if lse is None:
-        lse = query.new_zeros(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-    return out.contiguous(), lse.contiguous(), lse
+        return attention_forward(inputs, options, return_lse)
+    return *eager.attention(inputs, options, return_lse), None
 
 
 def backward(
-    dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
-    seed: Tensor | None, out: Tensor, statistics: Tensor, dropout_p: float, is_causal: bool, softmax_scale: float,
-    needs_dquery: bool = True, needs_dkv: bool = True,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dQ, dK and dV as far as they are needed, on whichever backend serves `query`."""
-    args = (dout, dlse, query, key, value, attn_mask, seed, out, statistics, dropout_p, is_causal, softmax_scale)
-    if backend.use_triton(query):
+    dout: Tensor, dlse: Tensor | None, out: Tensor, statistics: Tensor, inputs: Inputs, options: Options,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of the differentiable inputs as far as they are needed, on whichever backend serves the query."""
+    if backend.use_triton(inputs.query):
         from .triton_backward import attention_backward
 
-        return attention_backward(*args, needs_dquery, needs_dkv)
-    return eager.attention_backward(*args)
+        dquery, dkey, dvalue, dmask, drelative = needs
+        return attention_backward(
+            dout, dlse, out, statistics, inputs, options, (dquery, dkey or dvalue, dmask, drelative)
+        )
+    return eager.attention_backward(dout, dlse, inputs, options, needs)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, attn_mask, seed, dropout_p, is_causal, softmax_scale, *_ = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     out, _, statistics = output
-    ctx.save_for_backward(query, key, value, attn_mask, seed, out, statistics)
-    ctx.options = dropout_p, is_causal, softmax_scale
+    ctx.save_for_backward(*inputs[:_TENSORS], out, statistics)
+    ctx.options = inputs[_TENSORS : _TENSORS + len(Options._fields)]
     ctx.set_materialize_grads(False)
-
-
-def _gradients(
-    ctx: Any, call: Any, dout: Tensor | None, dlse: Tensor | None, *needs: bool
-) -> tuple[Tensor | None, ...]:
-    query, key, value, attn_mask, seed, out, statistics = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    return call(dout, dlse, query, key, value, attn_mask, seed, out, statistics, *ctx.options, *needs)
 
 
 class Attention(torch.autograd.Function):
     """The kernels in eager mode, with gradients."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        output = forward(*inputs)
-        _save(ctx, inputs, output)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        output = forward(Inputs(*arguments[:_TENSORS]), Options(*arguments[_TENSORS:-1]), arguments[-1])
+        _save(ctx, arguments, output)
         return output[:2]
 
     @staticmethod
     @operator.first_derivative
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        needs = ctx.needs_input_grad
-        grads = _gradients(ctx, backward, dout, dlse, needs[0], needs[1] or needs[2])
-        return (*grads, None, None, None, None, None)
+        *inputs, out, statistics = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        needs = ctx.needs_input_grad[:DIFFERENTIABLE]
+        grads = backward(dout, dlse, out, statistics, Inputs(*inputs), Options(*ctx.options), needs)
+        return (*grads, *[None] * (_TENSORS - DIFFERENTIABLE + len(Options._fields) + 1))
 
 
-def _fake_forward(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options, return_lse = Inputs(*arguments[:_TENSORS]), Options(*arguments[_TENSORS:-1]), arguments[-1]
+    query = inputs.query
+    rows = query.shape[:3]
     wide = torch.promote_types(query.dtype, torch.float32)
-    lse = query.new_empty(query.shape[:3], dtype=wide)
-    parts = (2,) if _has_parts(query, attn_mask) else ()
-    return query.new_empty((*query.shape[:3], value.shape[3])), lse, query.new_empty((*lse.shape, *parts), dtype=wide)
+    kernels = backend.would_use_triton(query)
+    parts = (2,) if _has_parts(inputs, options) else ()
+    return (
+        query.new_empty((*rows, inputs.value.shape[3])),
+        query.new_empty(rows if return_lse else (0,), dtype=wide),
+        query.new_empty((*rows, *parts) if kernels else (0,), dtype=wide),
+    )
 
 
-def _has_parts(query: Tensor, attn_mask: Tensor | None) -> bool:
+def _has_parts(inputs: Inputs, options: Options) -> bool:
     """Whether the kernels keep the log-sum-exp's two parts apart; see `triton_blocks.load_statistics`."""
-    return attn_mask is not None and attn_mask.dtype != torch.bool and backend.would_use_triton(query)
+    mask = inputs.attn_mask
+    added = mask is not None and mask.dtype != torch.bool
+    added = added or options.softcap > 0.0 or inputs.relative_bias is not None or inputs.alibi_slopes is not None
+    return added
 
 
-def _fake_backward(
-    dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, statistics: Tensor, *rest: Any) -> list[Tensor]:
+    inputs, needs = rest[:_TENSORS], rest[-1]
+    return [
+        t.new_empty(t.shape) if want else t.new_empty(0)
+        for t, want in zip(inputs[:5], needs, strict=True)
+        if t is not None
+    ]
 
 
-def _operator_forward(*args: Any) -> tuple[Tensor, ...]:
-    out, lse, statistics = forward(*args)
-    # An operator's outputs may not share memory.
-    return out.contiguous(), lse, statistics.clone() if statistics is lse else statistics
+def _operator_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options = Inputs(*arguments[:_TENSORS]), Options(*arguments[_TENSORS:-1])
+    out, lse, statistics = forward(inputs, options, arguments[-1])
+    none = out.new_empty(0, dtype=torch.promote_types(out.dtype, torch.float32))
+    return (
+        out.contiguous(),
+        none if lse is None else lse.contiguous(),
+        none.clone() if statistics is None else statistics,
+    )
 
 
-def _operator_backward(*args: Any) -> tuple[Tensor, ...]:
-    return tuple(grad.contiguous() for grad in backward(*args) if grad is not None)
+def _operator_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, statistics: Tensor, *rest: Any) -> list[Tensor]:
+    """As `backward`, with an entry for each input that there is, empty where no gradient was asked for."""
+    inputs, options, needs = Inputs(*rest[:_TENSORS]), Options(*rest[_TENSORS:-1]), rest[-1]
+    grads = backward(dout, dlse, out, statistics, inputs, options, needs)
+    return [
+        grad.contiguous() if want and grad is not None else t.new_empty(0)
+        for t, grad, want in zip(inputs[:DIFFERENTIABLE], grads, needs, strict=True)
+        if t is not None
+    ]
 
 
 def _operator_gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    return (*_gradients(ctx, attention_backward_operator, dout, dlse), None, None, None, None, None, None)
+    *inputs, out, statistics = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    needs = [bool(want) for want in ctx.needs_input_grad[:DIFFERENTIABLE]]
+    grads = iter(attention_backward_operator(dout, dlse, out, statistics, *inputs, *ctx.options, needs))
+    found = [next(grads) if t is not None else None for t in inputs[:DIFFERENTIABLE]]
+    found = [grad if want else None for grad, want in zip(found, needs, strict=True)]
+    return (*found, *[None] * (_TENSORS - DIFFERENTIABLE + len(Options._fields) + 1))
 
 
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? relative_bias, Tensor? alibi_slopes, "
+    "Tensor? seed, Tensor? seqlens_q, Tensor? seqlens_k, Tensor? block_map, Tensor? blocks_of_query, "
+    "Tensor? blocks_of_key, Tensor? tiles, float softmax_scale, float dropout_p, float softcap, SymInt left, "
+    "SymInt right, bool bottom_right, bool packed, SymInt max_len_q, SymInt max_len_k"
+)
 attention_backward_operator = operator.register(
-    "attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
-    "Tensor? seed, Tensor out, Tensor statistics, float dropout_p, bool is_causal, float softmax_scale) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor statistics, {_ARGUMENTS}, bool[] needs) "
+    "-> Tensor[]",
     _operator_backward,
     _fake_backward,
 )
 attention_operator = operator.register(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed, "
-    "float dropout_p, bool is_causal, float softmax_scale, bool return_lse) -> (Tensor, Tensor, Tensor)",
+    f"attention({_ARGUMENTS}, bool return_lse) -> (Tensor, Tensor, Tensor)",
     _operator_forward,
     _fake_forward,
     setup_context=_save,
     backward=_operator_gradients,
+    cast=3,
 )

@@ -8,36 +8,51 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import launch
-from ..common.triton_blocks import dropout_keep, load_block
-from .triton_blocks import LOG2E, block_probabilities, block_scores, load_statistics
-from .triton_forward import AttentionConfig, describe_call, empty_in_order_of
+from ..common.triton_blocks import dropout_keep
+from .arguments import Inputs, Options
+from .configs import DKDV, DQ
+from .launching import Call, describe, empty_in_order_of, reaches_far, strides_of_list
+from .triton_blocks import (
+    block_probabilities,
+    block_scores,
+    both_sequences,
+    live_block,
+    live_blocks,
+    load_row,
+    load_statistics,
+    load_tile,
+    terms_of,
+    tile,
+    visible_range,
+)
 
 
 @triton.jit(do_not_specialize=["len_q"])
 def delta_kernel(
-    out_ptr, dout_ptr, dlse_ptr, delta_ptr,
-    stride_ob, stride_oh, stride_om, stride_od, stride_gb, stride_gh, stride_gm, stride_gd,
-    nhead, len_q,
+    out_ptr, dout_ptr, dlse_ptr, delta_ptr, strides_out, strides_dout, nhead, len_q,
     HAS_DLSE: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     # One program computes delta = rowsum(O * dO) - dLSE for BLOCK_M rows of one head. The softmax's
     # backward pass needs rowsum(P * dP), which is this (FlashAttention-2, algorithm 2, line 4); a
     # gradient of the log-sum-exp enters the scores as +P * dLSE, so it joins here with a minus sign.
+    stride_ob, stride_oh, stride_om, stride_od = strides_out
+    stride_gb, stride_gh, stride_gm, stride_gd = strides_dout
     blocks_m = tl.cdiv(len_q, BLOCK_M)
     pid_m = tl.program_id(0) % blocks_m
-    head = tl.program_id(0) // blocks_m
-    b = (head // nhead).to(tl.int64)
-    h = (head % nhead).to(tl.int64)
-    rows = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    inside = (rows < len_q)[:, None] & (offs_dv < VALUE_DIM)[None, :]
-    dims = offs_dv.to(tl.int64)[None, :]
-    out_at = out_ptr + b * stride_ob + h * stride_oh + rows[:, None] * stride_om + dims * stride_od
-    dout_at = dout_ptr + b * stride_gb + h * stride_gh + rows[:, None] * stride_gm + dims * stride_gd
-    out = tl.load(out_at, mask=inside, other=0.0)
-    dout = tl.load(dout_at, mask=inside, other=0.0)
+    head = (tl.program_id(0) // blocks_m).to(tl.int64)
+    b = head // nhead
+    h = head % nhead
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_DV)
+    inside = (rows < len_q)[:, None] & (dims < VALUE_DIM)[None, :]
+    m = rows.to(tl.int64)[:, None]
+    d = dims.to(tl.int64)[None, :]
+    out_ptrs = out_ptr + b * stride_ob + h * stride_oh + m * stride_om + d * stride_od
+    dout_ptrs = dout_ptr + b * stride_gb + h * stride_gh + m * stride_gm + d * stride_gd
+    out = tl.load(out_ptrs, mask=inside, other=0.0)
+    dout = tl.load(dout_ptrs, mask=inside, other=0.0)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    flat = head.to(tl.int64) * len_q + rows
+    flat = head * len_q + rows
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + flat, mask=rows < len_q, other=0.0)
     tl.store(delta_ptr + flat, delta, mask=rows < len_q)
@@ -45,301 +60,386 @@ def delta_kernel(
 
 @triton.jit
 def _visit_queries(
-    dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptr, delta_ptr, mask_ptr, seed, head, columns, first_column,
-    offs_m, offs_d, offs_dv, first, last,
-    stride_qm, stride_gm, stride_mm, stride_mn, scale_log2, dropout_threshold, keep_scale, len_q, len_k,
-    CHECK: tl.constexpr, IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_HAS_ROWS: tl.constexpr,
-    DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    dk, dv, k, v, q_ptr, dout_ptr, statistics_ptr, delta_ptr, q_strides, flat0, columns, first_column,
+    terms, limits, random, sparse, first, last, CHECK: tl.constexpr, TILED: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Add the query blocks in ``[first, last)`` to dK and dV; all blocks of scores are transposed, ``[BN, BM]``."""
-    for start in range(first, last, BLOCK_M):
+    """Add the queries in ``[first, last)`` to dK and dV; all blocks of scores are transposed, ``[BN, BM]``."""
+    stride_qm, stride_qd, stride_gm, stride_gd = q_strides
+    seed, dropout_threshold, keep_scale = random
+    list_ptr, map_ptr, stride_map, tiles_ptr = sparse
+    len_q = limits[0]
+    offs_m = tl.arange(0, S.BLOCK_M)
+    offs_d = tl.arange(0, S.BLOCK_D)
+    offs_dv = tl.arange(0, S.BLOCK_DV)
+    q_at = tile(offs_m, stride_qm, offs_d, stride_qd, S)
+    dout_at = tile(offs_m, stride_gm, offs_dv, stride_gd, S)
+    for position in range(first, last, S.BLOCK_M):
+        start = position
+        tile_ptr = tiles_ptr
+        if S.SPARSE:
+            start, tile_ptr = live_block(list_ptr, map_ptr, tiles_ptr, stride_map, position, TILED, S)
         rows = start + offs_m
-        offset = tl.cast(start, tl.int64)
-        flat = head.to(tl.int64) * len_q + rows
+        far = tl.cast(start, tl.int64)
         inside = rows < len_q
-        q = load_block(
-            q_ptrs + offset * stride_qm, inside[:, None], (offs_d < HEAD_DIM)[None, :], CHECK, HEAD_DIM != BLOCK_D
-        )  # [BM, BD]
-        scores = block_scores(
-            k, tl.trans(q), rows[None, :], columns[:, None], mask_ptr, stride_mm, stride_mn, scale_log2, len_q, len_k,
-            CHECK, IS_CAUSAL, MASK, MASK_HAS_ROWS, INPUT_PRECISION,
-        )  # [BN, BM]  # fmt: skip
-        row_max, rest = load_statistics(lse_ptr, flat, inside, MASK)
-        p = block_probabilities(scores, row_max[None, :], rest[None, :], MASK)
-        dout = load_block(
-            dout_ptrs + offset * stride_gm, inside[:, None], (offs_dv < VALUE_DIM)[None, :],
-            CHECK, VALUE_DIM != BLOCK_DV,
-        )  # [BM, BDV]  # fmt: skip
-        dp = tl.dot(v, tl.trans(dout), input_precision=INPUT_PRECISION)
+        q = load_tile(q_ptr + far * stride_qm + q_at, inside, offs_d, CHECK, S.HEAD_DIM, S.BLOCK_D)  # [BM, BD]
+        products = tl.dot(k, tl.trans(q), input_precision=S.PRECISION)
+        scores, damping = block_scores(
+            products, rows[None, :], columns[:, None], tile_ptr, terms, limits, CHECK, TILED, S
+        )  # [BN, BM]
+        row_max, rest = load_statistics(statistics_ptr, rows, inside, CHECK, S)
+        p = block_probabilities(scores, row_max[None, :], rest[None, :], terms[0], S)
+        dout_ptrs = dout_ptr + far * stride_gm + dout_at
+        dout = load_tile(dout_ptrs, inside, offs_dv, CHECK, S.VALUE_DIM, S.BLOCK_DV)  # [BM, BDV]
+        dp = tl.dot(v, tl.trans(dout), input_precision=S.PRECISION)
         dropped = p
-        if DROPOUT:
-            keep = tl.trans(dropout_keep(seed, flat, first_column, dropout_threshold, BLOCK_N))
+        if S.DROPOUT:
+            keep = tl.trans(dropout_keep(seed, flat0 + rows, first_column, dropout_threshold, S.BLOCK_N))
             dropped = tl.where(keep, p * keep_scale, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
-        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=INPUT_PRECISION)
-        delta = tl.load(delta_ptr + flat, mask=inside, other=0.0)
+        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=S.PRECISION)
+        delta = load_row(delta_ptr, rows, inside, 0.0, CHECK)
         ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
+        if S.SOFTCAP:
+            ds *= damping
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=S.PRECISION)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["len_q"])
+@triton.jit
+def _add_head(
+    dk, dv, k, v, b, h, own, first_q, columns, column0, pointers, strides, nhead, total_q, limits, window, numbers,
+    seed, dropout_threshold, ragged, S: tl.constexpr,
+):  # fmt: skip
+    """Add what the queries of one head give to dK and dV."""
+    q_ptr, dout_ptr, statistics_ptr, delta_ptr, mask_ptr, relative_ptr, slopes_ptr, map_ptr, list_ptr, tiles_ptr = (
+        pointers
+    )
+    strides_q, strides_dout, strides_mask, strides_added, strides_map, strides_list = strides
+    stride_qb, stride_qh, stride_qm, stride_qd = strides_q
+    stride_gb, stride_gh, stride_gm, stride_gd = strides_dout
+    len_q, len_k, offset, left, right = limits
+    q_base = q_ptr + own * stride_qb + h * stride_qh + first_q * stride_qm
+    dout_base = dout_ptr + own * stride_gb + h * stride_gh + first_q * stride_gm
+    flat0 = (own * nhead + h) * total_q + first_q
+    statistics_ptr += flat0 * (2 if S.ADDED else 1)
+    delta_ptr += flat0
+    terms = terms_of(b, h, mask_ptr, relative_ptr, slopes_ptr, strides_mask, strides_added, window, numbers, S)
+    random = (seed, dropout_threshold, numbers[2])
+    q_strides = (stride_qm, stride_qd, stride_gm, stride_gd)
+    if S.SPARSE:
+        list_ptr += b * strides_list[0] + h * strides_list[1] + column0 // S.SPARSE * strides_list[2]
+        map_ptr += b * strides_map[0] + h * strides_map[1] + column0 // S.SPARSE * strides_map[3]
+        sparse, full, live = live_blocks(list_ptr, map_ptr, strides_map[2], tiles_ptr, column0 < len_k, S)
+        dk, dv = _visit_queries(
+            dk, dv, k, v, q_base, dout_base, statistics_ptr, delta_ptr, q_strides, flat0, columns, column0,
+            terms, limits, random, sparse, 0, full, True, False, S,
+        )  # fmt: skip
+        dk, dv = _visit_queries(
+            dk, dv, k, v, q_base, dout_base, statistics_ptr, delta_ptr, q_strides, flat0, columns, column0,
+            terms, limits, random, sparse, full, live, True, True, S,
+        )  # fmt: skip
+    else:
+        # A block of keys past the end computes rubbish that is not stored, so it needs a check only for the mask.
+        sparse = (list_ptr, map_ptr, 0, tiles_ptr)
+        low, plain_low, plain_high, high = visible_range(
+            column0, S.BLOCK_N, len_q, -offset, right, left, ragged, S.RIGHT, S.LEFT, S.BLOCK_M
+        )
+        if S.SEQUENCES != "dense":
+            if column0 >= len_k:
+                high = 0
+                plain_high = 0
+        if S.RIGHT:
+            dk, dv = _visit_queries(
+                dk, dv, k, v, q_base, dout_base, statistics_ptr, delta_ptr, q_strides, flat0, columns, column0,
+                terms, limits, random, sparse, low, tl.minimum(plain_low, high), True, False, S,
+            )  # fmt: skip
+        dk, dv = _visit_queries(
+            dk, dv, k, v, q_base, dout_base, statistics_ptr, delta_ptr, q_strides, flat0, columns, column0,
+            terms, limits, random, sparse, plain_low, plain_high, False, False, S,
+        )  # fmt: skip
+        dk, dv = _visit_queries(
+            dk, dv, k, v, q_base, dout_base, statistics_ptr, delta_ptr, q_strides, flat0, columns, column0,
+            terms, limits, random, sparse, plain_high, high, True, False, S,
+        )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["len_q", "window"])
 def attention_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd, stride_mb, stride_mh, stride_mm, stride_mn,
-    stride_gb, stride_gh, stride_gm, stride_gd, stride_dkb, stride_dkh, stride_dkn, stride_dkd,
-    stride_dvb, stride_dvh, stride_dvn, stride_dvd,
-    nhead, len_q, len_k, softmax_scale, dropout_threshold, keep_scale,
-    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_HAS_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, statistics_ptr, delta_ptr, dk_ptr, dv_ptr,
+    mask_ptr, relative_ptr, slopes_ptr, seed_ptr, seqlens_q_ptr, seqlens_k_ptr, map_ptr, list_ptr, tiles_ptr,
+    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
+    strides_mask, strides_added, strides_map, strides_list,
+    heads, rows_of, len_q, len_k, window, numbers, dropout_threshold,
+    S: tl.constexpr,
 ):  # fmt: skip
     # One program computes dK and dV for BLOCK_N keys of one head: it reads its keys and values once and
-    # walks over the queries, recomputing P from the log-sum-exp. With Z the dropout factor (0 or 1 / (1 - p)):
+    # walks over the queries that see them, of every head that shares them, recomputing P from the
+    # log-sum-exp. With Z the dropout factor (0 or 1 / (1 - p)):
     #   dV = (P Z)^T dO      dS = P (Z dO V^T - delta)      dK = scale * dS^T Q
     # (FlashAttention-2, algorithm 2; FlashAttention, appendix B.2 for dropout). No two programs share an
     # output, so the sums need no atomics and two runs give the same bits.
-    blocks_n = tl.cdiv(len_k, BLOCK_N)
-    pid_n = tl.program_id(0) % blocks_n
+    nhead, group = heads
+    stride_kb, stride_kh, stride_kn, stride_kd = strides_k
+    stride_vb, stride_vh, stride_vn, stride_vd = strides_v
+    stride_dkb, stride_dkh, stride_dkn, stride_dkd = strides_dk
+    stride_dvb, stride_dvh, stride_dvn, stride_dvd = strides_dv
+    key_nhead = nhead // group
+
+    blocks_n = tl.cdiv(len_k, S.BLOCK_N)
+    column0 = tl.program_id(0) % blocks_n * S.BLOCK_N
     head = tl.program_id(0) // blocks_n
-    b = (head // nhead).to(tl.int64)
-    h = (head % nhead).to(tl.int64)
+    b = (head // key_nhead).to(tl.int64)
+    key_h = (head % key_nhead).to(tl.int64)
+    own, first_q, first_k, limits = both_sequences(b, seqlens_q_ptr, seqlens_k_ptr, rows_of, len_q, len_k, window, S)
+    longest = len_k
+    len_k = limits[1]
+    seed = tl.load(seed_ptr) if S.DROPOUT else 0
 
-    columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    n64 = columns.to(tl.int64)[:, None]
-    offs_m = tl.arange(0, BLOCK_M)
-    m64 = offs_m.to(tl.int64)[:, None]
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    q_ptrs = q_ptr + b * stride_qb + h * stride_qh + m64 * stride_qm + offs_d.to(tl.int64)[None, :] * stride_qd
-    dout_ptrs = dout_ptr + b * stride_gb + h * stride_gh + m64 * stride_gm + offs_dv.to(tl.int64)[None, :] * stride_gd
-    mask_ptr += b * stride_mb + h * stride_mh
-    seed = tl.load(seed_ptr) if DROPOUT else 0
-
-    inside = (columns < len_k)[:, None]
-    k_ptrs = k_ptr + b * stride_kb + h * stride_kh + n64 * stride_kn + offs_d.to(tl.int64)[None, :] * stride_kd
-    v_ptrs = v_ptr + b * stride_vb + h * stride_vh + n64 * stride_vn + offs_dv.to(tl.int64)[None, :] * stride_vd
-    k = load_block(k_ptrs, inside, (offs_d < HEAD_DIM)[None, :], True, HEAD_DIM != BLOCK_D)
-    v = load_block(v_ptrs, inside, (offs_dv < VALUE_DIM)[None, :], True, VALUE_DIM != BLOCK_DV)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-    scale_log2 = softmax_scale * LOG2E
-
-    # Under a causal mask only queries from the diagonal on see these keys; the blocks on the diagonal
-    # are checked, then come those that need no check, then the ragged end. A mask checks them all.
-    # A block of keys past the end computes rubbish that is not stored, so it needs no check for that.
-    first = 0
-    checked = 0
-    if IS_CAUSAL:
-        first = pid_n * BLOCK_N // BLOCK_M * BLOCK_M
-        checked = tl.minimum(tl.cdiv((pid_n + 1) * BLOCK_N, BLOCK_M) * BLOCK_M, tl.cdiv(len_q, BLOCK_M) * BLOCK_M)
-    whole = tl.maximum(len_q // BLOCK_M * BLOCK_M, checked)
-    if MASK != "none":
-        checked = tl.cdiv(len_q, BLOCK_M) * BLOCK_M
-        whole = checked
-    if IS_CAUSAL or MASK != "none":
-        dk, dv = _visit_queries(
-            dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptr, delta_ptr, mask_ptr, seed, head, columns, pid_n * BLOCK_N,
-            offs_m, offs_d, offs_dv, first, checked,
-            stride_qm, stride_gm, stride_mm, stride_mn, scale_log2, dropout_threshold, keep_scale, len_q, len_k,
-            True, IS_CAUSAL, MASK, MASK_HAS_ROWS, DROPOUT, INPUT_PRECISION, HEAD_DIM, VALUE_DIM,
-            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-    if MASK == "none":
-        dk, dv = _visit_queries(
-            dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptr, delta_ptr, mask_ptr, seed, head, columns, pid_n * BLOCK_N,
-            offs_m, offs_d, offs_dv, checked, whole,
-            stride_qm, stride_gm, stride_mm, stride_mn, scale_log2, dropout_threshold, keep_scale, len_q, len_k,
-            False, IS_CAUSAL, MASK, MASK_HAS_ROWS, DROPOUT, INPUT_PRECISION, HEAD_DIM, VALUE_DIM,
-            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-        dk, dv = _visit_queries(
-            dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptr, delta_ptr, mask_ptr, seed, head, columns, pid_n * BLOCK_N,
-            offs_m, offs_d, offs_dv, whole, len_q,
-            stride_qm, stride_gm, stride_mm, stride_mn, scale_log2, dropout_threshold, keep_scale, len_q, len_k,
-            True, IS_CAUSAL, MASK, MASK_HAS_ROWS, DROPOUT, INPUT_PRECISION, HEAD_DIM, VALUE_DIM,
-            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    columns = column0 + tl.arange(0, S.BLOCK_N)
+    offs_d = tl.arange(0, S.BLOCK_D)
+    offs_dv = tl.arange(0, S.BLOCK_DV)
+    k_base = k_ptr + own * stride_kb + key_h * stride_kh + first_k * stride_kn
+    v_base = v_ptr + own * stride_vb + key_h * stride_vh + first_k * stride_vn
+    inside = columns < len_k
+    k = load_tile(k_base + tile(columns, stride_kn, offs_d, stride_kd, S), inside, offs_d, True, S.HEAD_DIM, S.BLOCK_D)
+    v_ptrs = v_base + tile(columns, stride_vn, offs_dv, stride_vd, S)
+    v = load_tile(v_ptrs, inside, offs_dv, True, S.VALUE_DIM, S.BLOCK_DV)
+    dk = tl.zeros((S.BLOCK_N, S.BLOCK_D), tl.float32)
+    dv = tl.zeros((S.BLOCK_N, S.BLOCK_DV), tl.float32)
+    ragged = False
+    if S.MASK != "none":
+        ragged = column0 + S.BLOCK_N > len_k
+    pointers = (
+        q_ptr, dout_ptr, statistics_ptr, delta_ptr, mask_ptr, relative_ptr, slopes_ptr, map_ptr, list_ptr, tiles_ptr,
+    )  # fmt: skip
+    strides = (strides_q, strides_dout, strides_mask, strides_added, strides_map, strides_list)
+    if S.GROUPED:
+        for member in range(group):
+            dk, dv = _add_head(
+                dk, dv, k, v, b, key_h * group + member, own, first_q, columns, column0, pointers, strides, nhead,
+                rows_of[0], limits, window, numbers, seed, dropout_threshold, ragged, S,
+            )  # fmt: skip
+    else:
+        dk, dv = _add_head(
+            dk, dv, k, v, b, key_h, own, first_q, columns, column0, pointers, strides, nhead,
+            rows_of[0], limits, window, numbers, seed, dropout_threshold, ragged, S,
         )  # fmt: skip
 
-    dk_ptrs = dk_ptr + b * stride_dkb + h * stride_dkh + n64 * stride_dkn + offs_d.to(tl.int64)[None, :] * stride_dkd
-    dv_ptrs = dv_ptr + b * stride_dvb + h * stride_dvh + n64 * stride_dvn + offs_dv.to(tl.int64)[None, :] * stride_dvd
-    dk = (dk * softmax_scale).to(dk_ptr.dtype.element_ty)
-    tl.store(dk_ptrs, dk, mask=inside & (offs_d < HEAD_DIM)[None, :])
-    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=inside & (offs_dv < VALUE_DIM)[None, :])
+    stored = columns < longest
+    if S.SEQUENCES == "packed":
+        stored = inside
+    elif S.SEQUENCES == "lengths":  # keys past the end are nobody's, but their gradient is written
+        dk = tl.where(inside[:, None], dk, 0.0)
+        dv = tl.where(inside[:, None], dv, 0.0)
+    dk_base = dk_ptr + own * stride_dkb + key_h * stride_dkh + first_k * stride_dkn
+    dv_base = dv_ptr + own * stride_dvb + key_h * stride_dvh + first_k * stride_dvn
+    dk = (dk * numbers[0]).to(dk_ptr.dtype.element_ty)
+    dk_ptrs = dk_base + tile(columns, stride_dkn, offs_d, stride_dkd, S)
+    dv_ptrs = dv_base + tile(columns, stride_dvn, offs_dv, stride_dvd, S)
+    tl.store(dk_ptrs, dk, mask=stored[:, None] & (offs_d < S.HEAD_DIM)[None, :])
+    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=stored[:, None] & (offs_dv < S.VALUE_DIM)[None, :])
 
 
 @triton.jit
 def _visit_keys(
-    dq, q, dout, row_max, rest, delta, k_ptrs, v_ptrs, mask_ptr, seed, rows, flat, offs_n, offs_d, offs_dv, first, last,
-    stride_kn, stride_vn, stride_mm, stride_mn, scale_log2, dropout_threshold, keep_scale, len_q, len_k,
-    CHECK: tl.constexpr, IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_HAS_ROWS: tl.constexpr,
-    DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    dq, q, dout, row_max, rest, delta, k_ptr, v_ptr, kv_strides, rows, flat, terms, limits, random, sparse,
+    first, last, CHECK: tl.constexpr, TILED: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Add the key blocks in ``[first, last)`` to dQ."""
-    for start in range(first, last, BLOCK_N):
+    """Add the keys in ``[first, last)`` to dQ."""
+    stride_kn, stride_kd, stride_vn, stride_vd = kv_strides
+    seed, dropout_threshold, keep_scale = random
+    list_ptr, map_ptr, stride_map, tiles_ptr = sparse
+    len_k = limits[1]
+    offs_n = tl.arange(0, S.BLOCK_N)
+    offs_d = tl.arange(0, S.BLOCK_D)
+    offs_dv = tl.arange(0, S.BLOCK_DV)
+    k_at = tile(offs_n, stride_kn, offs_d, stride_kd, S)
+    v_at = tile(offs_n, stride_vn, offs_dv, stride_vd, S)
+    for position in range(first, last, S.BLOCK_N):
+        start = position
+        tile_ptr = tiles_ptr
+        if S.SPARSE:
+            start, tile_ptr = live_block(list_ptr, map_ptr, tiles_ptr, stride_map, position, TILED, S)
         columns = start + offs_n
-        offset = tl.cast(start, tl.int64)
-        inside = (columns < len_k)[:, None]
-        k = load_block(
-            k_ptrs + offset * stride_kn, inside, (offs_d < HEAD_DIM)[None, :], CHECK, HEAD_DIM != BLOCK_D
-        )  # [BN, BD]
-        scores = block_scores(
-            q, tl.trans(k), rows[:, None], columns[None, :], mask_ptr, stride_mm, stride_mn, scale_log2, len_q, len_k,
-            CHECK, IS_CAUSAL, MASK, MASK_HAS_ROWS, INPUT_PRECISION,
-        )  # [BM, BN]  # fmt: skip
-        p = block_probabilities(scores, row_max[:, None], rest[:, None], MASK)
-        v = load_block(
-            v_ptrs + offset * stride_vn, inside, (offs_dv < VALUE_DIM)[None, :], CHECK, VALUE_DIM != BLOCK_DV
-        )  # [BN, BDV]
-        dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
-        if DROPOUT:
-            dp = tl.where(dropout_keep(seed, flat, start, dropout_threshold, BLOCK_N), dp * keep_scale, 0.0)
+        far = tl.cast(start, tl.int64)
+        inside = columns < len_k
+        k = load_tile(k_ptr + far * stride_kn + k_at, inside, offs_d, CHECK, S.HEAD_DIM, S.BLOCK_D)  # [BN, BD]
+        products = tl.dot(q, tl.trans(k), input_precision=S.PRECISION)
+        scores, damping = block_scores(
+            products, rows[:, None], columns[None, :], tile_ptr, terms, limits, CHECK, TILED, S
+        )  # [BM, BN]
+        p = block_probabilities(scores, row_max[:, None], rest[:, None], terms[0], S)
+        v = load_tile(v_ptr + far * stride_vn + v_at, inside, offs_dv, CHECK, S.VALUE_DIM, S.BLOCK_DV)  # [BN, BDV]
+        dp = tl.dot(dout, tl.trans(v), input_precision=S.PRECISION)
+        if S.DROPOUT:
+            dp = tl.where(dropout_keep(seed, flat, start, dropout_threshold, S.BLOCK_N), dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
+        if S.SOFTCAP:
+            ds *= damping
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=S.PRECISION)
     return dq
 
 
-@triton.jit(do_not_specialize=["len_q"])
+@triton.jit(do_not_specialize=["len_q", "window"])
 def attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
-    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd, stride_mb, stride_mh, stride_mm, stride_mn,
-    stride_gb, stride_gh, stride_gm, stride_gd, stride_dqb, stride_dqh, stride_dqm, stride_dqd,
-    nhead, len_q, len_k, softmax_scale, dropout_threshold, keep_scale,
-    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_HAS_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, statistics_ptr, delta_ptr, dq_ptr,
+    mask_ptr, relative_ptr, slopes_ptr, seed_ptr, seqlens_q_ptr, seqlens_k_ptr, map_ptr, list_ptr, tiles_ptr,
+    strides_q, strides_k, strides_v, strides_dout, strides_dq,
+    strides_mask, strides_added, strides_map, strides_list,
+    heads, rows_of, len_q, len_k, window, numbers, dropout_threshold,
+    S: tl.constexpr,
 ):  # fmt: skip
     # One program computes dQ = scale * dS K for BLOCK_M queries of one head, with dS as in the dK/dV kernel.
-    # It reads its queries, dO, LSE and delta once, and every key and value once.
-    blocks_m = tl.cdiv(len_q, BLOCK_M)
-    pid_m = tl.program_id(0) % blocks_m
+    # It reads its queries, dO, LSE and delta once, and every key and value that they see once.
+    nhead, group = heads
+    stride_qb, stride_qh, stride_qm, stride_qd = strides_q
+    stride_kb, stride_kh, stride_kn, stride_kd = strides_k
+    stride_vb, stride_vh, stride_vn, stride_vd = strides_v
+    stride_gb, stride_gh, stride_gm, stride_gd = strides_dout
+    stride_dqb, stride_dqh, stride_dqm, stride_dqd = strides_dq
+
+    blocks_m = tl.cdiv(len_q, S.BLOCK_M)
+    row0 = tl.program_id(0) % blocks_m * S.BLOCK_M
     head = tl.program_id(0) // blocks_m
     b = (head // nhead).to(tl.int64)
     h = (head % nhead).to(tl.int64)
+    own, first_q, first_k, limits = both_sequences(b, seqlens_q_ptr, seqlens_k_ptr, rows_of, len_q, len_k, window, S)
+    terms = terms_of(b, h, mask_ptr, relative_ptr, slopes_ptr, strides_mask, strides_added, window, numbers, S)
+    longest = len_q
+    len_q, len_k, offset, left, right = limits
+    seed = tl.load(seed_ptr) if S.DROPOUT else 0
+    random = (seed, dropout_threshold, numbers[2])
 
-    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    m64 = rows.to(tl.int64)[:, None]
-    offs_n = tl.arange(0, BLOCK_N)
-    n64 = offs_n.to(tl.int64)[:, None]
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    k_ptrs = k_ptr + b * stride_kb + h * stride_kh + n64 * stride_kn + offs_d.to(tl.int64)[None, :] * stride_kd
-    v_ptrs = v_ptr + b * stride_vb + h * stride_vh + n64 * stride_vn + offs_dv.to(tl.int64)[None, :] * stride_vd
-    mask_ptr += b * stride_mb + h * stride_mh
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    rows = row0 + tl.arange(0, S.BLOCK_M)
+    flat = (own * nhead + h) * rows_of[0] + first_q + rows
+    offs_d = tl.arange(0, S.BLOCK_D)
+    offs_dv = tl.arange(0, S.BLOCK_DV)
+    q_base = q_ptr + own * stride_qb + h * stride_qh + first_q * stride_qm
+    dout_base = dout_ptr + own * stride_gb + h * stride_gh + first_q * stride_gm
+    k_base = k_ptr + own * stride_kb + h // group * stride_kh + first_k * stride_kn
+    v_base = v_ptr + own * stride_vb + h // group * stride_vh + first_k * stride_vn
+    kv_strides = (stride_kn, stride_kd, stride_vn, stride_vd)
 
-    inside = (rows < len_q)[:, None]
-    q_ptrs = q_ptr + b * stride_qb + h * stride_qh + m64 * stride_qm + offs_d.to(tl.int64)[None, :] * stride_qd
-    dout_ptrs = dout_ptr + b * stride_gb + h * stride_gh + m64 * stride_gm + offs_dv.to(tl.int64)[None, :] * stride_gd
-    q = load_block(q_ptrs, inside, (offs_d < HEAD_DIM)[None, :], True, HEAD_DIM != BLOCK_D)
-    dout = load_block(dout_ptrs, inside, (offs_dv < VALUE_DIM)[None, :], True, VALUE_DIM != BLOCK_DV)
-    flat = head.to(tl.int64) * len_q + rows
-    row_max, rest = load_statistics(lse_ptr, flat, rows < len_q, MASK)
-    delta = tl.load(delta_ptr + flat, mask=rows < len_q, other=0.0)
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    scale_log2 = softmax_scale * LOG2E
+    inside = rows < len_q
+    q = load_tile(q_base + tile(rows, stride_qm, offs_d, stride_qd, S), inside, offs_d, True, S.HEAD_DIM, S.BLOCK_D)
+    dout_ptrs = dout_base + tile(rows, stride_gm, offs_dv, stride_gd, S)
+    dout = load_tile(dout_ptrs, inside, offs_dv, True, S.VALUE_DIM, S.BLOCK_DV)
+    row_max, rest = load_statistics(statistics_ptr, flat, inside, True, S)
+    delta = load_row(delta_ptr, flat, inside, 0.0, True)
+    dq = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32)
 
-    last = tl.minimum(len_k, (pid_m + 1) * BLOCK_M) if IS_CAUSAL else len_k
-    plain = tl.minimum(len_k, pid_m * BLOCK_M) if IS_CAUSAL else len_k
-    plain = plain // BLOCK_N * BLOCK_N
-    if MASK == "none":
+    if S.SPARSE:
+        list_ptr += b * strides_list[0] + h * strides_list[1] + row0 // S.SPARSE * strides_list[2]
+        map_ptr += b * strides_map[0] + h * strides_map[1] + row0 // S.SPARSE * strides_map[2]
+        sparse, full, live = live_blocks(list_ptr, map_ptr, strides_map[3], tiles_ptr, row0 < len_q, S)
         dq = _visit_keys(
-            dq, q, dout, row_max, rest, delta, k_ptrs, v_ptrs, mask_ptr, seed, rows, flat, offs_n, offs_d, offs_dv,
-            0, plain,
-            stride_kn, stride_vn, stride_mm, stride_mn, scale_log2, dropout_threshold, keep_scale, len_q, len_k,
-            False, IS_CAUSAL, MASK, MASK_HAS_ROWS, DROPOUT, INPUT_PRECISION, HEAD_DIM, VALUE_DIM,
-            BLOCK_N, BLOCK_D, BLOCK_DV,
+            dq, q, dout, row_max, rest, delta, k_base, v_base, kv_strides, rows, flat, terms, limits, random, sparse,
+            0, full, True, False, S,
+        )  # fmt: skip
+        dq = _visit_keys(
+            dq, q, dout, row_max, rest, delta, k_base, v_base, kv_strides, rows, flat, terms, limits, random, sparse,
+            full, live, True, True, S,
         )  # fmt: skip
     else:
-        plain = 0
-    dq = _visit_keys(
-        dq, q, dout, row_max, rest, delta, k_ptrs, v_ptrs, mask_ptr, seed, rows, flat, offs_n, offs_d, offs_dv,
-        plain, last,
-        stride_kn, stride_vn, stride_mm, stride_mn, scale_log2, dropout_threshold, keep_scale, len_q, len_k,
-        True, IS_CAUSAL, MASK, MASK_HAS_ROWS, DROPOUT, INPUT_PRECISION, HEAD_DIM, VALUE_DIM,
-        BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
+        sparse = (list_ptr, map_ptr, 0, tiles_ptr)
+        ragged = False
+        if S.MASK_ROWS:
+            ragged = row0 + S.BLOCK_M > len_q
+        low, plain_low, plain_high, high = visible_range(
+            row0, S.BLOCK_M, len_k, offset, left, right, ragged, S.LEFT, S.RIGHT, S.BLOCK_N
+        )
+        if S.SEQUENCES != "dense":
+            if row0 >= len_q:
+                high = 0
+                plain_high = 0
+        if S.LEFT:
+            dq = _visit_keys(
+                dq, q, dout, row_max, rest, delta, k_base, v_base, kv_strides, rows, flat, terms, limits, random,
+                sparse, low, tl.minimum(plain_low, high), True, False, S,
+            )  # fmt: skip
+        dq = _visit_keys(
+            dq, q, dout, row_max, rest, delta, k_base, v_base, kv_strides, rows, flat, terms, limits, random, sparse,
+            plain_low, plain_high, False, False, S,
+        )  # fmt: skip
+        dq = _visit_keys(
+            dq, q, dout, row_max, rest, delta, k_base, v_base, kv_strides, rows, flat, terms, limits, random, sparse,
+            plain_high, high, True, False, S,
+        )  # fmt: skip
 
-    dq_ptrs = dq_ptr + b * stride_dqb + h * stride_dqh + m64 * stride_dqm + offs_d.to(tl.int64)[None, :] * stride_dqd
-    dq = (dq * softmax_scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptrs, dq, mask=inside & (offs_d < HEAD_DIM)[None, :])
+    stored = rows < longest
+    if S.SEQUENCES == "packed":
+        stored = inside
+    elif S.SEQUENCES == "lengths":  # queries past the end are nobody's, but their gradient is written
+        dq = tl.where(inside[:, None], dq, 0.0)
+    dq_base = dq_ptr + own * stride_dqb + h * stride_dqh + first_q * stride_dqm
+    dq = (dq * numbers[0]).to(dq_ptr.dtype.element_ty)
+    dq_ptrs = dq_base + tile(rows, stride_dqm, offs_d, stride_dqd, S)
+    tl.store(dq_ptrs, dq, mask=stored[:, None] & (offs_d < S.HEAD_DIM)[None, :])
 
 
-# By element size and padded head size, as in the forward table.
-_DKDV = {
-    (2, 16): AttentionConfig(32, 128, 4, 2),
-    (2, 32): AttentionConfig(32, 128, 4, 2),
-    (2, 64): AttentionConfig(32, 64, 4, 2),
-    (2, 128): AttentionConfig(32, 64, 4, 1),
-    (2, 256): AttentionConfig(16, 32, 8, 1),
-    (4, 16): AttentionConfig(32, 64, 4, 1),
-    (4, 32): AttentionConfig(32, 64, 8, 1),
-    (4, 64): AttentionConfig(32, 32, 8, 1),
-    (4, 128): AttentionConfig(16, 32, 8, 1),
-    (4, 256): AttentionConfig(16, 16, 8, 1),
-}
-_DQ = {
-    (2, 16): AttentionConfig(128, 64, 4, 2),
-    (2, 32): AttentionConfig(128, 32, 4, 2),
-    (2, 64): AttentionConfig(128, 32, 4, 2),
-    (2, 128): AttentionConfig(64, 32, 4, 1),
-    (2, 256): AttentionConfig(32, 16, 4, 1),
-    (4, 16): AttentionConfig(64, 32, 4, 1),
-    (4, 32): AttentionConfig(64, 32, 4, 1),
-    (4, 64): AttentionConfig(32, 32, 8, 1),
-    (4, 128): AttentionConfig(32, 16, 8, 1),
-    (4, 256): AttentionConfig(16, 16, 8, 1),
-}
 _DELTA_ROWS = 16
 
 
+def launch_delta(dout: Tensor, dlse: Tensor | None, out: Tensor, call: Call) -> Tensor:
+    """``rowsum(O * dO) - dLSE`` of every row, ``[B, H, Lq]``; a packed batch is one row of tokens here."""
+    delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
+    batch, nhead, rows, value_dim = out.shape
+    delta_kernel[(triton.cdiv(rows, _DELTA_ROWS) * batch * nhead,)](
+        out, dout, delta if dlse is None else dlse.contiguous(), delta, out.stride(), dout.stride(), nhead, rows,
+        HAS_DLSE=dlse is not None, VALUE_DIM=value_dim, BLOCK_M=_DELTA_ROWS, BLOCK_DV=call.switches.BLOCK_DV,
+        **launch.COMPILE_OPTIONS,
+    )  # fmt: skip
+    return delta
+
+
 def attention_backward(
-    dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
-    seed: Tensor | None, out: Tensor, statistics: Tensor, dropout_p: float, is_causal: bool, softmax_scale: float,
-    needs_dquery: bool = True, needs_dkv: bool = True,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Launch the three backward kernels, but for what is not needed: dQ, dK and dV in the dtype and memory order of
-    their inputs. `statistics` is what the forward launcher returned last."""
-    call = describe_call(query, key, value, attn_mask, dropout_p, is_causal)
-    dquery = empty_in_order_of(query, call.head_dim)
-    dkey = empty_in_order_of(key, call.head_dim)
-    dvalue = empty_in_order_of(value, call.value_dim)
-    if query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
-        return dquery.zero_(), dkey.zero_(), dvalue.zero_()
-    block_d, block_dv = call.block_d, call.block_dv
-    heads = call.batch * call.nhead
-    delta = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    table_key = (query.element_size(), max(block_d, block_dv))
-    mask = query if attn_mask is None else attn_mask
-    seed = delta if seed is None else seed
-    inputs = (*query.stride(), *key.stride(), *value.stride(), *call.mask_strides, *dout.stride())
-    sizes = (call.nhead, call.len_q, call.len_k, softmax_scale, call.dropout_threshold, call.keep_scale)
+    dout: Tensor, dlse: Tensor | None, out: Tensor, statistics: Tensor, inputs: Inputs, options: Options,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Launch the backward kernels that are needed: gradients of query, of key and value, of the mask, of the relative
+    bias, as `needs` says. dQ, dK and dV have the dtype and memory order of their inputs. `statistics` is what the
+    forward launcher returned last."""
+    needs_dquery, needs_dkv, needs_dmask, needs_drelative = needs
+    call = describe(inputs, options)
+    query, key, value, attn_mask, relative_bias, *_ = inputs
+    nothing = query.numel() == 0 or key.numel() == 0 or value.numel() == 0 or call.sequences == 0
+    if nothing:
+        grads = [torch.zeros_like(t) if t is not None else None for t in (query, key, value, attn_mask, relative_bias)]
+        wanted = (needs_dquery, needs_dkv, needs_dkv, needs_dmask, needs_drelative)
+        return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+    if reaches_far(dout):
+        dout = dout.contiguous()
+    dquery = dkey = dvalue = dmask = drelative = None
     with launch.on_device_of(query):
-        delta_kernel[(triton.cdiv(call.len_q, _DELTA_ROWS) * heads,)](
-            out, dout, delta if dlse is None else dlse.contiguous(), delta, *out.stride(), *dout.stride(),
-            call.nhead, call.len_q,
-            HAS_DLSE=dlse is not None, VALUE_DIM=call.value_dim, BLOCK_M=_DELTA_ROWS, BLOCK_DV=block_dv,
-            **launch.COMPILE_OPTIONS,
-        )  # fmt: skip
+        delta = launch_delta(dout, dlse, out, call)
         if needs_dkv:
-            config = _DKDV[table_key]
-            attention_dkdv_kernel[(triton.cdiv(call.len_k, config.block_n) * heads,)](
-                query, key, value, mask, seed, dout, statistics, delta, dkey, dvalue,
-                *inputs, *dkey.stride(), *dvalue.stride(), *sizes,
-                BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
-                num_warps=config.num_warps, num_stages=config.num_stages,
-                **call.switches, **launch.COMPILE_OPTIONS,
+            dkey, dvalue = empty_in_order_of(key, key.shape[3]), empty_in_order_of(value, value.shape[3])
+            config = DKDV.choose(query, call.switches)
+            blocks = triton.cdiv(options.max_len_k, config.block_n)
+            attention_dkdv_kernel[(blocks * call.sequences * key.shape[1],)](
+                query, key, value, dout, statistics, delta, dkey, dvalue, *call.pointers,
+                inputs.block_map, inputs.blocks_of_key, inputs.tiles, *call.strides, dout.stride(), dkey.stride(),
+                dvalue.stride(), *call.strides_of_terms, call.strides_of_map, strides_of_list(inputs.blocks_of_key),
+                *call.sizes, S=call.switches._replace(BLOCK_M=config.block_m, BLOCK_N=config.block_n),
+                num_warps=config.num_warps, num_stages=config.num_stages, **launch.COMPILE_OPTIONS,
             )  # fmt: skip
         if needs_dquery:
-            config = _DQ[table_key]
-            attention_dq_kernel[(triton.cdiv(call.len_q, config.block_m) * heads,)](
-                query, key, value, mask, seed, dout, statistics, delta, dquery, *inputs, *dquery.stride(), *sizes,
-                BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
-                num_warps=config.num_warps, num_stages=config.num_stages,
-                **call.switches, **launch.COMPILE_OPTIONS,
+            dquery = empty_in_order_of(query, query.shape[3])
+            config = DQ.choose(query, call.switches)
+            blocks = triton.cdiv(options.max_len_q, config.block_m)
+            attention_dq_kernel[(blocks * call.sequences * call.nhead,)](
+                query, key, value, dout, statistics, delta, dquery, *call.pointers,
+                inputs.block_map, inputs.blocks_of_query, inputs.tiles, *call.strides, dout.stride(), dquery.stride(),
+                *call.strides_of_terms, call.strides_of_map, strides_of_list(inputs.blocks_of_query),
+                *call.sizes, S=call.switches._replace(BLOCK_M=config.block_m, BLOCK_N=config.block_n),
+                num_warps=config.num_warps, num_stages=config.num_stages, **launch.COMPILE_OPTIONS,
             )  # fmt: skip
-    return (dquery if needs_dquery else None, *((dkey, dvalue) if needs_dkv else (None, None)))
+        if needs_dmask or needs_drelative:
+            from .triton_planes import mask_gradient, relative_gradient
+
+            if needs_dmask:
+                dmask = mask_gradient(dout, statistics, delta, inputs, options)
+            if needs_drelative:
+                drelative = relative_gradient(dout, statistics, delta, inputs, options)
+    return dquery, dkey, dvalue, dmask, drelative

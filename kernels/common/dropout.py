@@ -1,8 +1,9 @@
 """Counter-based dropout: the same mask in every kernel, in the backward pass and on the eager path.
 
-Element (row, column) of a tensor seen as ``[rows, columns]`` takes lane ``column % 4`` of
-Philox4x32 at counter ``(column // 4, row low, row high, 0)`` under a 64-bit key drawn from
-PyTorch's generator. An element is kept when the lane's upper 31 bits reach ``p * 2**31``.
+Element (row, column) of a tensor seen as ``[rows, columns]`` takes 16 bits of Philox4x32 at
+counter ``(column // 8, row low, row high, 0)`` under a 64-bit key drawn from PyTorch's generator:
+lane ``column % 8``, of which each of the four words has two, its lower half first. An element is
+kept when its number reaches ``p * 2**16``; p is thus rounded to 1.5e-5 (flash-attention: 4e-3).
 
 Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Seven rounds, the
 fewest that pass BigCrush there; flash-attention uses seven too.
@@ -11,12 +12,11 @@ fewest that pass BigCrush there; flash-attention uses seven too.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from . import operator
 
 PHILOX_ROUNDS = 7
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64).reshape(2, 1)
@@ -31,8 +31,8 @@ def new_seed(x: Tensor) -> Tensor:
 
 
 def threshold(dropout_p: float) -> int:
-    """An element is dropped when its 31 random bits are below this."""
-    return min(round(dropout_p * 2**31), 2**31 - 1)
+    """An element is dropped when its 16 random bits are below this."""
+    return round(dropout_p * 2**16)
 
 
 def keep_scale(dropout_p: float) -> float:
@@ -40,8 +40,11 @@ def keep_scale(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
-def drop_mask(seed: Tensor, shape: torch.Size, dropout_p: float) -> Tensor:
-    """The elements that are dropped: bool, of `shape`, on the device of `seed`; rows are all dimensions but the last.
+def drop_mask(seed: Tensor, shape: torch.Size, dropout_p: float, first_rows: Sequence[int] | None = None) -> Tensor:
+    """The elements that are dropped: bool, of `shape`, on the device of `seed`.
+
+    Rows are all dimensions but the last, counted from 0; with `first_rows` they are those of the last dimension but
+    one, counted from a number of its own for each index before.
 
     In NumPy, whose unsigned integers are exact here and whose calls are several times cheaper than torch's.
     """
@@ -49,17 +52,29 @@ def drop_mask(seed: Tensor, shape: torch.Size, dropout_p: float) -> Tensor:
         return torch.empty(shape, dtype=torch.bool, device="meta")
     columns = shape[-1]
     rows = shape.numel() // columns if columns else 0
-    groups = (columns + 3) // 4
-    dropped = np.empty((rows, groups, 4), dtype=np.bool_)
+    groups = (columns + 7) // 8
+    dropped = np.empty((rows, groups, 8), dtype=np.bool_)
     key = int(seed.item())
-    step = 1 << max(0, (_CHUNK // max(groups, 1)).bit_length() - 1)  # a power of two: no chunk crosses row 2**32
-    for first in range(0, rows, step):
-        _drop_rows(dropped[first : first + step], first, key, np.uint32(2 * threshold(dropout_p)))
-    mask = torch.from_numpy(dropped.reshape(rows, 4 * groups)[:, :columns].reshape(shape))
+    of_each = rows if first_rows is None else shape[-2]
+    for part, first in enumerate([0] if first_rows is None else first_rows):
+        _drop_rows(dropped[part * of_each : (part + 1) * of_each], first, key, threshold(dropout_p))
+    mask = torch.from_numpy(dropped.reshape(rows, 8 * groups)[:, :columns].reshape(shape))
     return mask.to(seed.device)
 
 
-def _drop_rows(out: np.ndarray, first_row: int, key: int, limit: np.uint32) -> None:
+def _drop_rows(dropped: np.ndarray, first: int, key: int, limit: int) -> None:
+    """Fill `dropped`, whose rows are numbered from `first`, some at a time."""
+    rows, groups, _ = dropped.shape
+    step = 1 << max(0, (_CHUNK // max(groups, 1)).bit_length() - 1)
+    start = 0
+    while start < rows:
+        row = first + start
+        count = min(step, rows - start, (1 << 32) - row % (1 << 32))  # no chunk crosses row 2**32
+        _draw(dropped[start : start + count], row, key, limit)
+        start += count
+
+
+def _draw(out: np.ndarray, first_row: int, key: int, limit: int) -> None:
     rows, groups, _ = out.shape
     n = rows * groups  # everything in one dimension: NumPy's calls are cheapest so
     keys = (_KEY_STEPS + np.array([[key & _LOW], [key >> 32]], dtype=np.uint64)).astype(np.uint32)[..., None]
@@ -81,24 +96,17 @@ def _drop_rows(out: np.ndarray, first_row: int, key: int, limit: np.uint32) -> N
         np.bitwise_xor(high[now], low[before], out=even)
         even ^= keys[:, i]
     odd = low[(PHILOX_ROUNDS - 1) % 2]  # words 1 and 3
-    lanes = out.reshape(n, 4).T
-    np.less(even, limit, out=lanes[0::2])
-    np.less(odd, limit, out=lanes[1::2])
+    words = np.empty((n, 4), dtype="<u4")
+    words[:, 0::2], words[:, 1::2] = even.T, odd.T
+    if limit < 2**16:
+        np.less(words.view("<u2"), np.uint16(limit), out=out.reshape(n, 8))
+    else:
+        out[...] = True
 
 
-def dropout(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
-    """`x` with dropout applied under `seed`; differentiable. `seed` None means no dropout."""
+def dropout(x: Tensor, seed: Tensor | None, dropout_p: float, first_rows: Sequence[int] | None = None) -> Tensor:
+    """`x` with dropout applied under `seed`; differentiable. `seed` None means no dropout; rows as in `drop_mask`."""
     if seed is None:
         return x
-    if torch.compiler.is_compiling():  # which cannot look into NumPy
-        mask = drop_mask_operator(seed, x.shape, dropout_p)
-    else:
-        mask = drop_mask(seed, x.shape, dropout_p)
+    mask = drop_mask(seed, x.shape, dropout_p, first_rows)
     return (x * keep_scale(dropout_p)).masked_fill(mask, 0.0)
-
-
-drop_mask_operator = operator.register(
-    "drop_mask(Tensor seed, SymInt[] shape, float dropout_p) -> Tensor",
-    lambda seed, shape, dropout_p: drop_mask(seed, torch.Size(shape), dropout_p),
-    lambda seed, shape, dropout_p: seed.new_empty(shape, dtype=torch.bool),
-)

@@ -21,6 +21,17 @@ def compute_units(index: int | None) -> int:
     return int(torch.cuda.get_device_properties(index or 0).multi_processor_count)
 
 
+@functools.cache
+def architecture(index: int | None) -> str:
+    """The chip as Triton names it, ``"sm_90"`` or ``"gfx942"``; nothing where there is no GPU."""
+    if not torch.cuda.is_available():
+        return ""
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(index or 0).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(index or 0)
+    return f"sm_{major}{minor}"
+
+
 def on_device_of(x: Tensor) -> Any:
     """Make the GPU of `x` current for a launch; free where it already is."""
     if torch.cuda.is_available() and x.device.index not in (None, torch.cuda.current_device()):

@@ -19,8 +19,10 @@ def register(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    cast: int | None = None,
 ) -> Any:
-    """Define ``fusenc::<schema>`` for every device; with a backward formula it also gets its autocast rule."""
+    """Define ``fusenc::<schema>`` for every device; with a backward formula it also gets its autocast rule, which
+    concerns the first `cast` arguments, or all."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
@@ -29,15 +31,15 @@ def register(
     if backward is not None:
         torch.library.register_autograd(f"fusenc::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
         for device_type in ("cpu", "cuda"):
-            _LIBRARY.impl(name, _autocast_rule(operator, device_type), f"Autocast{device_type.upper()}")
+            _LIBRARY.impl(name, _autocast_rule(operator, device_type, cast), f"Autocast{device_type.upper()}")
     return operator
 
 
-def _autocast_rule(operator: Any, device_type: str) -> Callable[..., Any]:
+def _autocast_rule(operator: Any, device_type: str, count: int | None) -> Callable[..., Any]:
     def rule(*args: Any) -> Any:
-        cast = autocast_inputs(device_type, *args)
+        cast = autocast_inputs(device_type, *args[:count])
         with torch.autocast(device_type, enabled=False):
-            return operator(*cast)
+            return operator(*cast, *args[len(cast) :])
 
     return rule
 

@@ -64,9 +64,9 @@ def test_two_programs_that_read_the_same_are_counted_twice():
 
 
 def test_attention_reads_queries_once_and_keys_once_per_query_block(passes):
-    from fusenc.kernels.attention import triton_forward
+    from fusenc.kernels.attention import configs
 
-    block = triton_forward._FORWARD[2, 64].block_m
+    block = configs.FORWARD._general[2, 64].block_m
     (launch,) = passes["attention 2x2x256x64, forward"].launches
     arguments = launch.arguments
     query = next(a for name, a in arguments.items() if name.startswith("q_ptr"))

@@ -22,10 +22,11 @@ def test_round_trip(batch, length, seed):
     assert torch.equal(packing.unpack(packed), x * keep[..., None])
 
 
-def test_groups_are_dense_batches():
-    assert Packing([2, 2, 0, 5, 2]).groups == [(0, 2, 2), (4, 1, 5), (9, 1, 2)]
+def test_where_sequences_begin():
+    packing = Packing([2, 2, 0, 5])
+    assert packing.cu_seqlens.tolist() == [0, 2, 4, 4, 9] and packing.longest == 5
     keep = torch.arange(6) < torch.tensor([[3], [6], [3], [0]])
-    assert PaddedPacking(keep).groups == [(0, 2, 3), (6, 1, 6)]
+    assert PaddedPacking(keep).cu_seqlens.tolist() == [0, 0, 3, 6, 12]  # longest last
 
 
 def test_attention_stays_inside_each_sequence():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from contract import assert_contract
 from fusenc.kernels import attention, last_backend
-from fusenc.kernels.common import dropout
+from fusenc.kernels.common import dropout, launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import LEAST_GRADIENT
@@ -191,6 +191,14 @@ def test_log_sum_exp_and_its_gradient(device, dtype):
         return torch.cat([scores.softmax(-1) @ v, scores.logsumexp(-1, keepdim=True)], -1)
 
     assert_contract(lse_of, plain, qkv(device=device), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_configurations_of_an_architecture(device, monkeypatch, arch, head_dim):
+    monkeypatch.setattr(launch, "architecture", lambda index: arch)
+    check(qkv(1, 2, 300, 300, head_dim, device=device), torch.float16, is_causal=True)
 
 
 def test_two_runs_give_the_same_bits(device):

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusenc.kernels import add_norm, attention, ffn, get_backend, last_backend, set_backend, use_backend
+from fusenc.kernels import (
+    BlockMask,
+    add_norm,
+    attention,
+    attention_varlen,
+    attention_weights,
+    ffn,
+    get_backend,
+    last_backend,
+    set_backend,
+    use_backend,
+)
 
 Q = torch.randn(2, 3, 5, 8)
 X, W = torch.randn(4, 6), torch.randn(6)
@@ -46,6 +57,95 @@ W1, W2 = torch.randn(10, 6), torch.randn(6, 10)
 def test_attention(arguments, error, named):
     with pytest.raises(error, match=f"^{named}: expected .*, got "):
         attention(*arguments)
+
+
+BLOCKS = BlockMask.from_mask(torch.ones(5, 5, dtype=torch.bool), 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"window": 3}, TypeError, "window"),
+        ({"window": (1.0, 2)}, TypeError, "window"),
+        ({"window": (-1, 2)}, ValueError, "window"),
+        ({"window": (1, -1)}, ValueError, "window"),
+        ({"softcap": 0.0}, ValueError, "softcap"),
+        ({"softcap": "1"}, ValueError, "softcap"),
+        ({"alignment": "left"}, ValueError, "alignment"),
+        ({"scale": "1"}, TypeError, "scale"),
+        ({"alibi_slopes": torch.ones(4)}, ValueError, "alibi_slopes"),
+        ({"alibi_slopes": torch.ones(3, dtype=torch.int64)}, TypeError, "alibi_slopes"),
+        ({"alibi_slopes": torch.ones(3, requires_grad=True)}, ValueError, "alibi_slopes"),
+        ({"alibi_slopes": torch.ones(3, device="meta")}, ValueError, "alibi_slopes"),
+        ({"relative_bias": torch.ones(3, 4)}, ValueError, "relative_bias"),
+        ({"relative_bias": torch.ones(2, 5)}, ValueError, "relative_bias"),
+        ({"relative_bias": torch.ones(5)}, ValueError, "relative_bias"),
+        ({"relative_bias": [0.0]}, TypeError, "relative_bias"),
+        ({"seqlens_k": torch.tensor([5])}, ValueError, "seqlens_k"),
+        ({"seqlens_k": torch.tensor([5, 6])}, ValueError, "seqlens_k"),
+        ({"seqlens_q": torch.tensor([5, -1])}, ValueError, "seqlens_q"),
+        ({"seqlens_q": torch.tensor([5.0, 1.0])}, TypeError, "seqlens_q"),
+        ({"seqlens_q": [5, 1]}, TypeError, "seqlens_q"),
+        ({"block_mask": torch.ones(5, 5)}, TypeError, "block_mask"),
+        ({"block_mask": BlockMask.from_mask(torch.ones(5, 6, dtype=torch.bool), 16)}, ValueError, "block_mask"),
+        ({"block_mask": BLOCKS.to("meta")}, ValueError, "block_mask"),
+    ],
+)
+def test_attention_options(options, error, named):
+    with pytest.raises(error, match=f"^{named}: expected .*, got "):
+        attention(Q, Q, Q, **options)
+
+
+def test_heads_that_do_not_divide():
+    for heads, grouped in ((1, False), (2, True), (0, True)):
+        with pytest.raises(ValueError, match=r"^key: expected .*, got "):
+            attention(Q, Q[:, :heads], Q[:, :heads], enable_gqa=grouped)
+
+
+P = torch.randn(10, 4, 8)
+CU = torch.tensor([0, 4, 10])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "named"),
+    [
+        ({"query": P[None]}, ValueError, "query"),
+        ({"key": P[:, :3]}, ValueError, "key"),
+        ({"key": P[..., :4]}, ValueError, "key"),
+        ({"value": P[:5]}, ValueError, "value"),
+        ({"value": P.half()}, TypeError, "value"),
+        ({"cu_seqlens_q": torch.tensor([1, 4, 10])}, ValueError, "cu_seqlens_q"),
+        ({"cu_seqlens_q": torch.tensor([0, 4, 11])}, ValueError, "cu_seqlens_q"),
+        ({"cu_seqlens_q": torch.tensor([0, 4, 9])}, ValueError, "cu_seqlens_q"),
+        ({"cu_seqlens_k": torch.tensor([0, 6, 4, 10])}, ValueError, "cu_seqlens_k"),
+        ({"cu_seqlens_k": torch.tensor([0, 10])}, ValueError, "cu_seqlens_k"),
+        ({"cu_seqlens_k": CU.float()}, TypeError, "cu_seqlens_k"),
+        ({"cu_seqlens_k": CU.short()}, TypeError, "cu_seqlens_k"),
+        ({"cu_seqlens_k": CU.to("meta")}, ValueError, "cu_seqlens_k"),
+        ({"cu_seqlens_k": CU[None]}, ValueError, "cu_seqlens_k"),
+        ({"max_seqlen_q": 5}, ValueError, "max_seqlen_q"),
+        ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k"),
+        ({"max_seqlen_k": 6.0}, TypeError, "max_seqlen_k"),
+        ({"attn_mask": torch.ones(4, 6)}, ValueError, "attn_mask"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p"),
+    ],
+)
+def test_attention_varlen(changes, error, named):
+    arguments = {
+        "query": P, "key": P, "value": P, "cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 6, "max_seqlen_k": 6,
+    }  # fmt: skip
+    with pytest.raises(error, match=f"^{named}: expected .*, got "):
+        attention_varlen(**(arguments | changes))
+
+
+@pytest.mark.parametrize("queries", [(0, 6), (-1, 3), (3, 2)])
+def test_attention_weights(queries):
+    with pytest.raises(ValueError, match=r"^queries: expected .*, got "):
+        attention_weights(Q, Q, queries=queries)
+    with pytest.raises(TypeError, match=r"^queries: expected .*, got "):
+        attention_weights(Q, Q, queries=queries[0])
+    with pytest.raises(ValueError, match=r"^key: expected .*, got "):
+        attention_weights(Q, Q[..., :4])
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusenc.kernels import add_norm, attention, ffn
+from fusenc.kernels import BlockMask, add_norm, attention, attention_varlen, ffn
 from fusenc.kernels.add_norm.op import add_norm_operator
+from fusenc.kernels.attention.arguments import Inputs, Options
 from fusenc.kernels.attention.op import attention_operator
 from fusenc.kernels.ffn.op import ffn_operator
 from tolerances import HALF_PRECISION, SAME_ALGORITHM
@@ -17,24 +18,33 @@ def randn(*shape, dtype=torch.float32):
     return torch.randn(*shape, dtype=dtype).requires_grad_()
 
 
-def attention_arguments(dtype=torch.float32, mask=None, seed=None):
-    return (
-        *(randn(2, 3, n, 8, dtype=dtype) for n in (5, 7, 7)),
-        mask,
-        seed,
-        0.3 if seed is not None else 0.0,
-        False,
-        0.4,
-        True,
-    )
+def attention_arguments(dtype=torch.float32, seed=None, options=(), packed=False, return_lse=True, **inputs):
+    q, k, v = (randn(2, 3, n, 8, dtype=dtype) for n in (5, 7, 7))
+    if packed:
+        q, k, v = (randn(1, 3, n, 8, dtype=dtype) for n in (8, 11, 11))
+    numbers = Options(0.4, 0.3 if seed is not None else 0.0, packed=packed, max_len_q=5, max_len_k=7)
+    return (*Inputs(q, k, v, seed=seed, **inputs), *numbers._replace(**dict(options)), return_lse)
 
 
 KEEP = torch.arange(7) < torch.tensor([[7], [0]])
+BLOCKS_5_7 = BlockMask.from_function(lambda q, k: (q - k).abs() < 4, 5, 7, block_size=16)
+CU_Q, CU_K = torch.tensor([0, 5, 5, 8]), torch.tensor([0, 4, 10, 11])
 ATTENTION = {
     "plain": attention_arguments(),
-    "mask": attention_arguments(mask=KEEP[:, None, None, :]),
+    "mask": attention_arguments(attn_mask=KEEP[:, None, None, :]),
     "dropout": attention_arguments(seed=SEED),
-}
+    "window, softcap": attention_arguments(options={"left": 1, "right": 2, "bottom_right": True, "softcap": 2.0}),
+    "biases": attention_arguments(
+        attn_mask=randn(1, 3, 1, 7), relative_bias=randn(3, 5), alibi_slopes=torch.rand(1, 3), seed=SEED
+    ),
+    "lengths": attention_arguments(
+        seqlens_q=torch.tensor([5, 2], dtype=torch.int32), seqlens_k=torch.tensor([0, 6], dtype=torch.int32)
+    ),
+    "packed": attention_arguments(
+        packed=True, seqlens_q=torch.tensor([0, 5, 8], dtype=torch.int32),
+        seqlens_k=torch.tensor([0, 4, 11], dtype=torch.int32), attn_mask=randn(2, 1, 5, 7),
+    ),
+}  # fmt: skip
 ADD_NORM = {
     "full": (randn(4, 6), randn(4, 6), randn(6), randn(6), None, 0.0, 1e-5, True),
     "plain norm": (randn(4, 6), None, randn(6), None, None, 0.0, 1e-5, True),
@@ -87,6 +97,17 @@ CALLS = {
     "attention, mask with gradient": (
         lambda q, k, v, bias: attention(q, k, v, bias), [(1, 2, 5, 4), (1, 2, 7, 4), (1, 2, 7, 3), (2, 1, 7)],
     ),
+    "attention, everything": (
+        lambda q, k, v, m, r: attention(
+            q, k, v, m, 0.2, True, None, True, window=(3, 1), relative_bias=r, softcap=2.0, alignment="bottom_right",
+            alibi_slopes=torch.tensor([0.1, 0.2]), seqlens_k=torch.tensor([7]), block_mask=BLOCKS_5_7, return_lse=True,
+        )[0],
+        [(1, 2, 5, 4), (1, 1, 7, 4), (1, 1, 7, 3), (2, 5, 7), (2, 5)],
+    ),
+    "attention, packed": (
+        lambda q, k, v: attention_varlen(q, k, v, CU_Q, CU_K, 5, 7, is_causal=True, dropout_p=0.2),
+        [(8, 2, 4), (11, 2, 4), (11, 2, 3)],
+    ),
     "add_norm": (
         lambda x, r, w, b: add_norm(x, r, w, b, dropout_p=0.2, return_sum=True), [(4, 6), (4, 6), (6,), (6,)],
     ),
@@ -120,7 +141,7 @@ def test_backward_formula_agrees_with_autograd(operator):
     from fusenc.kernels.ffn import eager as ffn_eager
 
     eager = {
-        "attention": lambda *a: attention_eager.attention(*a[:-1])[0],
+        "attention": lambda *a: attention_eager.attention(Inputs(*a[:13]), Options(*a[13:-1]))[0],
         "add_norm": lambda *a: add_norm_eager.add_norm(*a[:-1])[0],
         "ffn": lambda *a: ffn_eager.ffn(*a[:-1])[0],
     }[operator]
@@ -181,7 +202,9 @@ def test_autocast(dtype):
     x, w, b = randn(5, 8), randn(8), randn(8)
     with torch.autocast("cpu", dtype=dtype):
         assert attention(q, q, q).dtype == dtype
-        assert attention_operator(q, q, q, None, None, 0.0, False, 0.3, False)[0].dtype == dtype
+        slopes = torch.rand(1, 2)
+        arguments = *Inputs(q, q, q, alibi_slopes=slopes), *Options(0.3, max_len_q=5, max_len_k=5)
+        assert attention_operator(*arguments, False)[0].dtype == dtype
         assert ffn(x, randn(10, 8), None, randn(8, 10), None).dtype == dtype
         assert ffn_operator(x, randn(10, 8), None, randn(8, 10), None, None, 0.0, "gelu", True)[0].dtype == dtype
         normed = add_norm(x.to(dtype), x, w, b)

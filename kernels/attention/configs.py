@@ -1,0 +1,131 @@
+"""Launch configurations of the attention kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..common import launch
+from .triton_blocks import Switches
+
+
+class Config(NamedTuple):
+    """Block sizes and launch options of one attention kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+Configs = dict[tuple[int, int], Config]
+
+
+class Table:
+    """Configurations by element size and padded head size, and by architecture where one has its own.
+
+    Those of an architecture use its registers to the last; with one of the options in `crowded`, which need some
+    themselves, the general ones serve.
+    """
+
+    def __init__(self, general: Configs, crowded: tuple[str, ...] = (), **of_architecture: Configs) -> None:
+        self._general = general
+        self._crowded = crowded
+        self._of_architecture = of_architecture
+
+    def choose(self, query: Tensor, switches: Switches) -> Config:
+        """The configuration for a call."""
+        key = query.element_size(), max(switches.BLOCK_D, switches.BLOCK_DV)
+        own = self._of_architecture.get(_FAMILIES.get(launch.architecture(query.device.index), ""), {})
+        if any(getattr(switches, name) not in (False, 0, "none") for name in self._crowded):
+            own = {}
+        config = own.get(key) or self._general[key]
+        if switches.SPARSE:  # no block may reach over the edge of a block mask's
+            config = config._replace(
+                block_m=min(config.block_m, switches.SPARSE), block_n=min(config.block_n, switches.SPARSE)
+            )
+        return config
+
+
+_FAMILIES = {
+    "sm_80": "ampere",
+    "sm_86": "ada", "sm_89": "ada", "sm_120": "ada",
+    "sm_90": "hopper", "sm_100": "hopper",
+    "gfx90a": "cdna", "gfx942": "cdna",
+}  # fmt: skip
+"""Chips that share configurations: by their matrix instructions, shared memory and registers."""
+
+# Evidence: `fusenc inspect` (the bounds without overlap are in docs/results.md; bench/machine_code/budget.csv holds the
+# tables to them). The general configurations fit the shared memory of the smallest chips (64 KiB on gfx942) and keep
+# everything in registers there. Of two configurations with equal bounds the one whose
+# loads are pipelined (two stages or more), which the bounds do not see, and of those that with smaller blocks.
+FORWARD = Table(
+    {
+        (2, 16): Config(128, 64, 4, 3),
+        (2, 32): Config(128, 64, 4, 3),
+        (2, 64): Config(128, 64, 8, 2),
+        (2, 128): Config(128, 32, 8, 2),
+        (2, 256): Config(64, 32, 8, 1),
+        (4, 16): Config(64, 64, 4, 2),
+        (4, 32): Config(64, 32, 4, 2),
+        (4, 64): Config(64, 32, 8, 2),
+        (4, 128): Config(32, 32, 8, 1),
+        (4, 256): Config(16, 16, 4, 1),
+    },
+    crowded=("DROPOUT", "RELATIVE"),
+    ampere={(2, 64): Config(128, 64, 4, 3), (2, 128): Config(128, 32, 4, 2)},
+    hopper={(2, 64): Config(128, 128, 8, 2), (2, 128): Config(128, 128, 8, 2)},
+)
+DKDV = Table(
+    {
+        (2, 16): Config(32, 128, 4, 2),
+        (2, 32): Config(32, 128, 4, 2),
+        (2, 64): Config(32, 64, 4, 2),
+        (2, 128): Config(32, 64, 4, 1),
+        (2, 256): Config(16, 32, 8, 1),
+        (4, 16): Config(32, 64, 4, 1),
+        (4, 32): Config(32, 64, 8, 1),
+        (4, 64): Config(32, 32, 8, 1),
+        (4, 128): Config(16, 32, 8, 1),
+        (4, 256): Config(16, 16, 8, 1),
+    },
+    crowded=("MASK", "ADDED", "DROPOUT", "SPARSE", "GROUPED"),
+    ampere={(2, 64): Config(32, 128, 4, 2), (2, 128): Config(32, 128, 8, 1)},
+    hopper={(2, 64): Config(64, 128, 8, 2), (2, 128): Config(32, 128, 8, 1)},
+)
+DQ = Table(
+    {
+        (2, 16): Config(128, 64, 4, 2),
+        (2, 32): Config(128, 32, 4, 2),
+        (2, 64): Config(64, 32, 4, 2),
+        (2, 128): Config(64, 32, 4, 1),
+        (2, 256): Config(32, 16, 4, 1),
+        (4, 16): Config(64, 32, 4, 1),
+        (4, 32): Config(64, 32, 4, 1),
+        (4, 64): Config(32, 32, 8, 1),
+        (4, 128): Config(32, 16, 8, 1),
+        (4, 256): Config(16, 16, 8, 1),
+    },
+    crowded=("DROPOUT",),
+    ampere={(2, 64): Config(128, 32, 4, 2), (2, 128): Config(128, 64, 8, 1)},
+    ada={(2, 64): Config(128, 32, 4, 2)},
+    cdna={(2, 64): Config(128, 32, 4, 2)},
+    hopper={(2, 64): Config(128, 64, 8, 2), (2, 128): Config(128, 64, 8, 2)},
+)
+PLANES = Table(
+    {
+        (2, 16): Config(64, 64, 4, 1),
+        (2, 32): Config(64, 64, 4, 1),
+        (2, 64): Config(32, 64, 4, 1),
+        (2, 128): Config(64, 64, 8, 1),
+        (2, 256): Config(32, 32, 4, 1),
+        (4, 16): Config(32, 32, 4, 1),
+        (4, 32): Config(32, 32, 4, 1),
+        (4, 64): Config(32, 32, 4, 1),
+        (4, 128): Config(32, 32, 8, 1),
+        (4, 256): Config(16, 16, 8, 1),
+    },
+    ampere={(2, 64): Config(64, 64, 8, 1)},
+    hopper={(2, 64): Config(64, 64, 4, 1)},
+)
