@@ -10,13 +10,14 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..common import backend, checks, dropout, operator
+from ..common import backend, checks, dropout, launch, operator
 from . import eager, op
-from .arguments import Inputs, Options
+from .arguments import Inputs, Options, wide_dtype
 from .block_mask import BlockMask
 
 Alignment = Literal["top_left", "bottom_right"]
 Window = tuple[int | None, int | None]
+_DTYPES = checks.DTYPES | checks.FLOAT8
 _FAR = 1 << 30  # farther than any sequence is long
 
 
@@ -26,7 +27,8 @@ def attention(
     is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, window: Window | None = ...,
     alibi_slopes: Tensor | None = ..., relative_bias: Tensor | None = ..., softcap: float | None = ...,
     alignment: Alignment = ..., seqlens_q: Tensor | None = ..., seqlens_k: Tensor | None = ...,
-    block_mask: BlockMask | None = ..., return_lse: Literal[False] = ...,
+    block_mask: BlockMask | None = ..., query_scale: Tensor | None = ..., key_scale: Tensor | None = ...,
+    value_scale: Tensor | None = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
@@ -34,7 +36,8 @@ def attention(
     is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, window: Window | None = ...,
     alibi_slopes: Tensor | None = ..., relative_bias: Tensor | None = ..., softcap: float | None = ...,
     alignment: Alignment = ..., seqlens_q: Tensor | None = ..., seqlens_k: Tensor | None = ...,
-    block_mask: BlockMask | None = ..., return_lse: Literal[True],
+    block_mask: BlockMask | None = ..., query_scale: Tensor | None = ..., key_scale: Tensor | None = ...,
+    value_scale: Tensor | None = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def attention(
@@ -42,7 +45,8 @@ def attention(
     is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, window: Window | None = ...,
     alibi_slopes: Tensor | None = ..., relative_bias: Tensor | None = ..., softcap: float | None = ...,
     alignment: Alignment = ..., seqlens_q: Tensor | None = ..., seqlens_k: Tensor | None = ...,
-    block_mask: BlockMask | None = ..., return_lse: bool,
+    block_mask: BlockMask | None = ..., query_scale: Tensor | None = ..., key_scale: Tensor | None = ...,
+    value_scale: Tensor | None = ..., return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     query: Tensor,
@@ -62,6 +66,9 @@ def attention(
     seqlens_q: Tensor | None = None,
     seqlens_k: Tensor | None = None,
     block_mask: BlockMask | None = None,
+    query_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(scale * query @ key^T + bias) @ value``: `F.scaled_dot_product_attention` and more.
@@ -74,7 +81,8 @@ def attention(
 
     Args:
         query: ``[B, H, Lq, D]``, float32, float16, bfloat16 or float64, any strides: a ``[B, L, H, D]``
-            tensor transposed costs no copy. D is 1 to 256 on the kernels.
+            tensor transposed costs no copy. D is 1 to 256 on the kernels. For inference also float8 (e4m3fn or e5m2),
+            on a GPU of NVIDIA's from sm_89 on; values and softmax weights are then multiplied in float16.
         key: ``[B, H, Lk, D]``, dtype and device of `query`; with `enable_gqa` its heads may be fewer.
         value: ``[B, H, Lk, Dv]``, likewise; Dv may differ from D.
         attn_mask: broadcastable to ``[B, H, Lq, Lk]``, never copied to that size; bool (True takes part)
@@ -98,11 +106,15 @@ def attention(
             padding cost nothing. None: all.
         seqlens_k: the same of the keys.
         block_mask: a `BlockMask`, whose empty blocks cost nothing.
+        query_scale: of float8 tensors, which stand for their numbers times this: float32, broadcastable to ``[B, H]``,
+            or None for 1.
+        key_scale: the same, broadcastable to ``[B, heads of key]``.
+        value_scale: the same.
         return_lse: also return the log-sum-exp of each query's scores.
 
     Returns:
-        The output ``[B, H, Lq, Dv]`` in query's dtype, and with `return_lse` the natural log-sum-exp
-        ``[B, H, Lq]`` in float32 (float64 for float64). Both are differentiable, once on the kernels.
+        The output ``[B, H, Lq, Dv]`` in query's dtype (bfloat16 for float8), and with `return_lse` the natural
+        log-sum-exp ``[B, H, Lq]`` in float32 (float64 for float64). Both are differentiable, once on the kernels.
 
     Raises:
         TypeError: an argument that is no floating tensor, or of another dtype than `query`.
@@ -122,7 +134,7 @@ def attention(
     ):  # fmt: skip
         _explain_ranks(query, key, value, "four dimensions, [B, H, L, D]", 4)
     autocast = backend.autocast_enabled(query)
-    if autocast:
+    if autocast and query.dtype not in checks.FLOAT8:
         query, key, value = operator.autocast_inputs(query.device.type, query, key, value)
     batch, nhead, len_q, head_dim = query.shape
     key_batch, key_nhead, len_k, key_dim = key.shape
@@ -131,7 +143,7 @@ def attention(
         or value.shape[0] != batch or value.shape[1] != key_nhead or value.shape[2] != len_k
         or key.dtype != query.dtype or value.dtype != query.dtype
         or key.device != query.device or value.device != query.device
-        or nhead == 0 or head_dim == 0 or query.dtype not in checks.DTYPES
+        or nhead == 0 or head_dim == 0 or query.dtype not in _DTYPES
         or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0
         or (key_nhead != nhead and (key_nhead == 0 or nhead % key_nhead))
     ):  # fmt: skip
@@ -143,7 +155,7 @@ def attention(
         )
     inputs, options = _assemble(
         query, key, value, seqlens_q, seqlens_k, batch, len_q, len_k, False, attn_mask, dropout_p, is_causal, scale,
-        window, alibi_slopes, relative_bias, softcap, alignment, block_mask,
+        window, alibi_slopes, relative_bias, softcap, alignment, block_mask, query_scale, key_scale, value_scale,
     )  # fmt: skip
     out, lse = _run(inputs, options, return_lse, autocast)
     return out if lse is None else (out, lse)
@@ -168,6 +180,9 @@ def attention_varlen(
     softcap: float | None = None,
     alignment: Alignment = "bottom_right",
     block_mask: BlockMask | None = None,
+    query_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` inside each sequence of a packed batch, whose sequences lie one after the other without padding.
@@ -194,6 +209,9 @@ def attention_varlen(
         alignment: as in `attention`, but for the default, which is flash-attn's; where queries and keys are equally
             many, it makes no difference.
         block_mask: of ``[1 or B, 1 or H, max_seqlen_q, max_seqlen_k]``.
+        query_scale: as in `attention`, as are `key_scale` and `value_scale`.
+        key_scale: as in `attention`.
+        value_scale: as in `attention`.
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -218,7 +236,7 @@ def attention_varlen(
     ):  # fmt: skip
         _explain_ranks(query, key, value, "three dimensions, [T, H, D]", 3)
     autocast = backend.autocast_enabled(query)
-    if autocast:
+    if autocast and query.dtype not in checks.FLOAT8:
         query, key, value = operator.autocast_inputs(query.device.type, query, key, value)
     # One row of tokens: [T, H, D] is [1, H, T, D] with other strides.
     query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))
@@ -228,7 +246,7 @@ def attention_varlen(
         key_dim != head_dim or value.shape[1] != key_nhead or value.shape[2] != total_k
         or key.dtype != query.dtype or value.dtype != query.dtype
         or key.device != query.device or value.device != query.device
-        or nhead == 0 or key_nhead == 0 or nhead % key_nhead or head_dim == 0 or query.dtype not in checks.DTYPES
+        or nhead == 0 or key_nhead == 0 or nhead % key_nhead or head_dim == 0 or query.dtype not in _DTYPES
         or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0
     ):  # fmt: skip
         _explain_packed(query, key, value, dropout_p)
@@ -240,6 +258,7 @@ def attention_varlen(
     inputs, options = _assemble(
         query, key, value, cu_seqlens_q, cu_seqlens_k, batch, max_seqlen_q, max_seqlen_k, True, attn_mask, dropout_p,
         is_causal, scale, window, alibi_slopes, relative_bias, softcap, alignment, block_mask,
+        query_scale, key_scale, value_scale,
     )  # fmt: skip
     out, lse = _run(inputs, options, return_lse, autocast)
     out = out[0].transpose(0, 1)
@@ -264,6 +283,10 @@ def attention_weights(
     seqlens_q: Tensor | None = None,
     seqlens_k: Tensor | None = None,
     block_mask: BlockMask | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
     """The softmax weights that `attention` with the same arguments would use, for reading a model.
 
@@ -271,8 +294,8 @@ def attention_weights(
     dropout and no gradient.
 
     Args:
-        query: ``[B, H, Lq, D]`` as in `attention`.
-        key: ``[B, H, Lk, D]``.
+        query: ``[B, H, Lq, D]`` as in `attention`, or packed, ``[Tq, H, D]``, as in `attention_varlen`.
+        key: ``[B, H, Lk, D]``, or ``[Tk, Hk, D]``.
         attn_mask: as in `attention`, as are all arguments that are not listed here.
         is_causal: as in `attention`.
         scale: as in `attention`.
@@ -287,10 +310,14 @@ def attention_weights(
         seqlens_q: as in `attention`; rows and columns past a sequence's end are 0.
         seqlens_k: as in `attention`.
         block_mask: as in `attention`.
+        cu_seqlens_q: as in `attention_varlen`, of packed inputs; so are the three that follow.
+        cu_seqlens_k: as in `attention_varlen`.
+        max_seqlen_q: as in `attention_varlen`.
+        max_seqlen_k: as in `attention_varlen`.
 
     Returns:
         float32 (float64 for float64) ``[B, H, queries, Lk]``, or ``[B, queries, Lk]`` of an average. Rows add up to 1,
-        or 0 for a query with no key allowed.
+        or 0 for a query with no key allowed. Of a packed batch ``[B, H, max_seqlen_q, max_seqlen_k]``, 0 past the ends.
 
     Raises:
         TypeError: as `attention`.
@@ -302,26 +329,38 @@ def attention_weights(
         >>> fusenc.kernels.attention_weights(q, k, average=True, queries=(0, 1)).shape  # of the first token
         torch.Size([2, 1, 10])
     """
-    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and query.dim() == 4 and key.dim() == 4):
-        _explain_ranks(query, key, key, "four dimensions, [B, H, L, D]", 4)
+    packed = cu_seqlens_q is not None
+    rank, expected = (3, "three dimensions, [T, H, D]") if packed else (4, "four dimensions, [B, H, L, D]")
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and query.dim() == key.dim() == rank):
+        _explain_ranks(query, key, key, expected, rank)
+    checks.floating_tensor("query", query)
     if backend.autocast_enabled(query):
         query, key = operator.autocast_inputs(query.device.type, query, key)
+    if packed:
+        query, key = (t.transpose(0, 1)[None] for t in (query, key))
+        enable_gqa = True
     batch, nhead, len_q, _ = query.shape
     len_k = key.shape[2]
     fits = key.shape[0] == batch and key.shape[3] == query.shape[3] and query.shape[3] > 0 and key.shape[1] > 0
     heads = key.shape[1] == nhead or (enable_gqa and key.shape[1] > 0 and nhead % key.shape[1] == 0)
     if not (fits and heads) or key.dtype != query.dtype or key.device != query.device:
         _explain(query, key, key, 0.0, enable_gqa)
-    checks.floating_tensor("query", query)
-    first, last = (0, len_q) if queries is None else _checked_queries(queries, len_q)
-    if seqlens_q is not None or seqlens_k is not None:
+    if packed:
+        seqlens_q = _checked_starts("cu_seqlens_q", cu_seqlens_q, len_q, "max_seqlen_q", max_seqlen_q, query)
+        seqlens_k = _checked_starts("cu_seqlens_k", cu_seqlens_k, len_k, "max_seqlen_k", max_seqlen_k, query)
+        if seqlens_q.shape != seqlens_k.shape:
+            checks.fail_value("cu_seqlens_k", f"{seqlens_q.shape[0]} entries, as cu_seqlens_q", cu_seqlens_k)
+        assert max_seqlen_q is not None and max_seqlen_k is not None
+        batch, len_q, len_k = seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k
+    elif seqlens_q is not None or seqlens_k is not None:
         seqlens_q, seqlens_k = (
             _checked_lengths(name, lengths, batch, whole, query)
             for name, lengths, whole in (("seqlens_q", seqlens_q, len_q), ("seqlens_k", seqlens_k, len_k))
         )
+    first, last = (0, len_q) if queries is None else _checked_queries(queries, len_q)
     with torch.no_grad():
         inputs, options = _assemble(
-            query, key, key, seqlens_q, seqlens_k, batch, len_q, len_k, False, attn_mask, 0.0, is_causal, scale,
+            query, key, key, seqlens_q, seqlens_k, batch, len_q, len_k, packed, attn_mask, 0.0, is_causal, scale,
             window, alibi_slopes, relative_bias, softcap, alignment, block_mask,
         )  # fmt: skip
         if backend.use_triton(query):
@@ -340,7 +379,7 @@ def _assemble(
     query: Tensor, key: Tensor, value: Tensor, seqlens_q: Tensor | None, seqlens_k: Tensor | None,
     batch: int, len_q: int, len_k: int, packed: bool, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, window: Window | None, alibi_slopes: Tensor | None, relative_bias: Tensor | None,
-    softcap: float | None, alignment: str, block_mask: BlockMask | None,
+    softcap: float | None, alignment: str, block_mask: BlockMask | None, *float8_scales: Tensor | None,
 ) -> tuple[Inputs, Options]:  # fmt: skip
     """Check the options and bring everything into the one form that the paths take."""
     nhead, head_dim = query.shape[1], query.shape[3]
@@ -351,7 +390,8 @@ def _assemble(
     elif isinstance(scale, (int, float)):
         softmax_scale = float(scale)
         if softmax_scale <= 0.0:  # the kernels' scale is above 0, so that the largest product has the largest score
-            query = query * math.copysign(1.0, softmax_scale) if softmax_scale else query * 0.0
+            wide = query.half() if query.dtype in checks.FLOAT8 else query
+            query = (wide * (-1.0 if softmax_scale else 0.0)).to(query.dtype)
             softmax_scale = -softmax_scale or 1.0
     else:
         checks.fail_type("scale", "a number", scale)
@@ -370,7 +410,11 @@ def _assemble(
     if block_mask is not None:
         blocks = _checked_blocks(block_mask, query, (batch, nhead, len_q, len_k))
     seed = dropout.new_seed(query) if dropout_p > 0.0 else None
+    scales = None
+    if query.dtype in checks.FLOAT8 or any(t is not None for t in float8_scales):
+        scales = _checked_scales(query, key, batch, attn_mask, relative_bias, *float8_scales)
     inputs = Inputs(query, key, value, attn_mask, relative_bias, alibi_slopes, seed, seqlens_q, seqlens_k, *blocks)
+    inputs = inputs._replace(scales=scales)
     cap = 0.0 if softcap is None else float(softcap)
     options = Options(
         softmax_scale, float(dropout_p), cap, left, right, alignment == "bottom_right", packed, len_q, len_k
@@ -390,7 +434,15 @@ def _run(inputs: Inputs, options: Options, return_lse: bool, autocast: bool) -> 
     if not backend.use_triton(query):
         with quiet:
             return eager.attention(inputs, options, return_lse)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[: op.DIFFERENTIABLE]):
+    if torch._C._functorch.is_batchedtensor(query):
+        raise RuntimeError(
+            "fusenc's kernels do not run under torch.func.vmap: give them the batch as dimension 0 instead"
+        )
+    if (
+        inputs.scales is None
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in inputs[: op.DIFFERENTIABLE])
+    ):
         return op.Attention.apply(*inputs, *options, return_lse)
     return op.forward(inputs, options, return_lse)[:2]
 
@@ -428,7 +480,7 @@ def _checked_slopes(slopes: Any, query: Tensor, batch: int) -> Tensor:
         checks.fail_value("alibi_slopes", f"device {query.device}, that of query", slopes)
     if slopes.requires_grad and torch.is_grad_enabled():
         checks.fail_value("alibi_slopes", "a tensor that needs no gradient", slopes)
-    return slopes.to(torch.promote_types(query.dtype, torch.float32)).view(-1, nhead)
+    return slopes.to(wide_dtype(query)).view(-1, nhead)
 
 
 def _check_relative_bias(bias: Any, query: Tensor) -> None:
@@ -451,6 +503,39 @@ def _checked_blocks(block_mask: Any, query: Tensor, full: tuple[int, ...]) -> tu
     if block_mask.tiles.device != query.device:
         checks.fail_value("block_mask", f"device {query.device}, that of query", block_mask.tiles)
     return block_mask.block_map, block_mask.blocks_of_query, block_mask.blocks_of_key, block_mask.tiles
+
+
+def _checked_scales(
+    query: Tensor, key: Tensor, batch: int, attn_mask: Tensor | None, relative_bias: Tensor | None,
+    query_scale: Tensor | None = None, key_scale: Tensor | None = None, value_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """float32 ``[B, H, 2]``: what products and what values are multiplied by."""
+    if query.is_cuda and not launch.has_float8(query.device.index):
+        name = launch.architecture(query.device.index)
+        checks.fail_value("query", f"float16 or bfloat16 on {name}, which multiplies no float8 numbers", query)
+    for name, bias in (("attn_mask", attn_mask), ("relative_bias", relative_bias)):
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            checks.fail_value(name, "a tensor that needs no gradient, as float8 is for inference", bias)
+    nhead, key_nhead = query.shape[1], key.shape[1]
+    found = []
+    given = (("query_scale", query_scale, nhead), ("key_scale", key_scale, key_nhead))
+    for name, scale, heads in (*given, ("value_scale", value_scale, key_nhead)):
+        if query.dtype not in checks.FLOAT8:
+            if scale is not None:
+                checks.fail_value(name, "None, since query is no float8 tensor", scale)
+            continue
+        if scale is None:
+            found.append(torch.ones((batch, nhead), dtype=torch.float32, device=query.device))
+            continue
+        if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
+            checks.fail_type(name, "a float32 tensor", scale)
+        if scale.device != query.device:
+            checks.fail_value(name, f"device {query.device}, that of query", scale)
+        try:
+            found.append(scale.expand(batch, heads).repeat_interleave(nhead // heads, 1))
+        except RuntimeError:
+            checks.fail_value(name, f"a shape that broadcasts to [{batch}, {heads}]", scale)
+    return torch.stack([found[0] * found[1], found[2]], -1)
 
 
 def _checked_lengths(name: str, lengths: Any, batch: int, whole: int, query: Tensor) -> Tensor:
@@ -507,16 +592,22 @@ def _checked_queries(queries: Any, len_q: int) -> tuple[int, int]:
 
 def _explain_ranks(query: Any, key: Any, value: Any, expected: str, rank: int) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        checks.floating_tensor(name, tensor)
+        if not isinstance(tensor, Tensor) or tensor.dtype not in checks.FLOAT8:
+            checks.floating_tensor(name, tensor)
         if tensor.dim() != rank:
             checks.fail_value(name, expected, tensor)
 
 
 def _explain_kinds(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> None:
     checks.dropout_probability(dropout_p)
-    checks.floating_tensor("query", query)
-    checks.same_kind("key", key, "query", query)
-    checks.same_kind("value", value, "query", query)
+    for name, tensor in (("key", key), ("value", value)):
+        if query.dtype not in checks.FLOAT8:
+            checks.floating_tensor("query", query)
+            checks.same_kind(name, tensor, "query", query)
+        elif tensor.dtype != query.dtype:
+            checks.fail_type(name, f"dtype {query.dtype}, that of query", tensor)
+        elif tensor.device != query.device:
+            checks.fail_value(name, f"device {query.device}, that of query", tensor)
     if query.shape[1] == 0:
         checks.fail_value("query", "at least one head", query)
     if query.shape[3] == 0:

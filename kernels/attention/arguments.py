@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from ..common import checks
 
 
 class Inputs(NamedTuple):
@@ -32,6 +35,8 @@ class Inputs(NamedTuple):
     blocks_of_query: Tensor | None = None
     blocks_of_key: Tensor | None = None
     tiles: Tensor | None = None
+    scales: Tensor | None = None
+    """Of float8 inputs: float32 ``[B, H, 2]``, what products of query and key and what values are multiplied by."""
 
 
 class Options(NamedTuple):
@@ -65,3 +70,13 @@ def sequences(inputs: Inputs, options: Options) -> int:
 def position_offset(options: Options, len_q: int, len_k: int) -> int:
     """Position of the first query among the keys."""
     return len_k - len_q if options.bottom_right else 0
+
+
+def output_dtype(query: Tensor) -> torch.dtype:
+    """The query's, or of a float8 call bfloat16."""
+    return torch.bfloat16 if query.dtype in checks.FLOAT8 else query.dtype
+
+
+def wide_dtype(query: Tensor) -> torch.dtype:
+    """What is computed in: float32, or float64 for float64."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32

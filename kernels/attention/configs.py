@@ -36,7 +36,7 @@ class Table:
 
     def choose(self, query: Tensor, switches: Switches) -> Config:
         """The configuration for a call."""
-        key = query.element_size(), max(switches.BLOCK_D, switches.BLOCK_DV)
+        key = max(2, query.element_size()), max(switches.BLOCK_D, switches.BLOCK_DV)
         own = self._of_architecture.get(_FAMILIES.get(launch.architecture(query.device.index), ""), {})
         if any(getattr(switches, name) not in (False, 0, "none") for name in self._crowded):
             own = {}

@@ -12,7 +12,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention  # torch's own
 from torch.utils.checkpoint import checkpoint
 
 from ..common import dropout
-from .arguments import Inputs, Options, position_offset, sequences
+from .arguments import Inputs, Options, output_dtype, position_offset, sequences, wide_dtype
 
 MAX_HEAD_DIM = 256
 """Of the kernels; the eager path has no such limit."""
@@ -23,17 +23,32 @@ _SCORES_AT_A_TIME = 1 << 24
 
 def attention(inputs: Inputs, options: Options, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """Output and, on request, log-sum-exp; differentiable. torch's own kernel serves what it can on the CPU."""
+    if inputs.scales is not None:
+        out, lse = attention(_from_float8(inputs), options, return_lse)
+        return out.to(output_dtype(inputs.query)), lse
     if inputs.seqlens_q is None:
         return _dense(inputs, options, return_lse, None)
     if inputs.query.is_meta:
         shape = inputs.query.shape
         out = inputs.query.new_empty((*shape[:3], inputs.value.shape[3]))
-        return out, inputs.query.new_empty(shape[:3], dtype=_wide(inputs.query)) if return_lse else None
+        return out, inputs.query.new_empty(shape[:3], dtype=wide_dtype(inputs.query)) if return_lse else None
     return _by_sequence(inputs, options, return_lse)
 
 
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
+def _from_float8(inputs: Inputs) -> Inputs:
+    """The same numbers in float32, scales applied; of a packed batch row by row."""
+    assert inputs.scales is not None
+    scales = inputs.scales
+    if inputs.seqlens_q is not None and inputs.seqlens_k is not None and scales.shape[0] != inputs.query.shape[0]:
+        of_q, of_k = (torch.repeat_interleave(scales, n.diff(), 0) for n in (inputs.seqlens_q, inputs.seqlens_k))
+        of_q, of_k = of_q.transpose(0, 1)[None, :, :, :1], of_k.transpose(0, 1)[None, :, :, 1:]
+    else:
+        of_q, of_k = scales[:, :, None, :1], scales[:, :, None, 1:]
+    group = inputs.query.shape[1] // inputs.key.shape[1]
+    return inputs._replace(
+        query=inputs.query.float() * of_q, key=inputs.key.float(),
+        value=inputs.value.float() * of_k[:, ::group], scales=None,
+    )  # fmt: skip
 
 
 def _groups(inputs: Inputs, options: Options) -> Iterator[tuple[Inputs, slice, list[int] | None]]:
@@ -88,7 +103,7 @@ def _by_sequence(inputs: Inputs, options: Options, return_lse: bool) -> tuple[Te
         nothing = (inputs.query.sum() + inputs.key.sum() + inputs.value.sum()) * 0
         shape = inputs.query.shape[:3]
         out = inputs.query.new_zeros((*shape, inputs.value.shape[3])) + nothing
-        return out, inputs.query.new_zeros(shape, dtype=_wide(inputs.query)) + nothing if return_lse else None
+        return out, inputs.query.new_zeros(shape, dtype=wide_dtype(inputs.query)) + nothing if return_lse else None
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     lse = None
     if return_lse:
@@ -161,7 +176,7 @@ def _some_queries(
 ) -> tuple[Tensor, Tensor | None]:
     """Output and log-sum-exp of the queries ``[start, end)``."""
     query, key, value, *_ = inputs
-    wide = _wide(query)
+    wide = wide_dtype(query)
     if (group := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores, nothing = scores_of(query[:, :, start:end].to(wide), key.to(wide), inputs, options, start)
@@ -186,7 +201,7 @@ def attention_weights(inputs: Inputs, options: Options, first_row: int, row_coun
     if inputs.seqlens_q is not None:
         count = sequences(inputs, options)
         shape = (count, 1 if average else inputs.query.shape[1], row_count, options.max_len_k)
-        whole = inputs.query.new_zeros(shape, dtype=_wide(inputs.query))
+        whole = inputs.query.new_zeros(shape, dtype=wide_dtype(inputs.query))
         for dense, group, _ in _groups(inputs, options):
             rows = max(0, min(dense.query.shape[2] - first_row, row_count))
             part = attention_weights(dense, options, first_row, rows, average)
@@ -195,7 +210,7 @@ def attention_weights(inputs: Inputs, options: Options, first_row: int, row_coun
     query, key, *_ = inputs
     batch, nhead, _, _ = query.shape
     len_k = key.shape[2]
-    wide = _wide(query)
+    wide = wide_dtype(query)
     whole = query.new_empty((batch, 1 if average else nhead, row_count, len_k), dtype=wide)
     key = key.repeat_interleave(nhead // key.shape[1], 1).to(wide)
     step = max(1, _SCORES_AT_A_TIME // max(1, batch * nhead * len_k))

@@ -63,11 +63,12 @@ def describe(inputs: Inputs, options: Options, start_position: int = 0) -> Call:
         SPARSE=0 if inputs.tiles is None else inputs.tiles.shape[1],
         GROUPED=key.shape[1] != nhead,
         DROPOUT=options.dropout_p > 0.0,
+        FLOAT8=inputs.scales is not None,
         PRECISION=launch.input_precision(query),
         WIDE=any(reaches_far(t) for t in (query, key, value, attn_mask) if t is not None),
         HEAD_DIM=query.shape[3],
         VALUE_DIM=value.shape[3],
-        BLOCK_D=max(16, launch.power_of_2(query.shape[3])),
+        BLOCK_D=max(16 if inputs.scales is None else 32, launch.power_of_2(query.shape[3])),
         BLOCK_DV=max(16, launch.power_of_2(value.shape[3])),
     )
     reach = 0 if relative is None else relative.shape[1] // 2
@@ -100,9 +101,9 @@ def broadcast_strides(t: Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
-def empty_in_order_of(like: Tensor, last: int) -> Tensor:
+def empty_in_order_of(like: Tensor, last: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised tensor shaped as `like` but for its last dimension, with dimensions in like's memory order."""
     order = sorted(range(3), key=lambda i: like.stride(i), reverse=True)
     shape = [like.shape[i] for i in order] + [last]
     back = [order.index(i) for i in range(3)] + [3]
-    return torch.empty(shape, dtype=like.dtype, device=like.device).permute(back)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device).permute(back)

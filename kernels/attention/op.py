@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common import backend, operator
 from . import eager
-from .arguments import Inputs, Options
+from .arguments import Inputs, Options, output_dtype, wide_dtype
 
 _TENSORS = len(Inputs._fields)
 DIFFERENTIABLE = 5
@@ -72,11 +72,11 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, options, return_lse = Inputs(*arguments[:_TENSORS]), Options(*arguments[_TENSORS:-1]), arguments[-1]
     query = inputs.query
     rows = query.shape[:3]
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = wide_dtype(query)
     kernels = backend.would_use_triton(query)
     parts = (2,) if _has_parts(inputs, options) else ()
     return (
-        query.new_empty((*rows, inputs.value.shape[3])),
+        query.new_empty((*rows, inputs.value.shape[3]), dtype=output_dtype(query)),
         query.new_empty(rows if return_lse else (0,), dtype=wide),
         query.new_empty((*rows, *parts) if kernels else (0,), dtype=wide),
     )
@@ -102,7 +102,7 @@ def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, statistics: T
 def _operator_forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, options = Inputs(*arguments[:_TENSORS]), Options(*arguments[_TENSORS:-1])
     out, lse, statistics = forward(inputs, options, arguments[-1])
-    none = out.new_empty(0, dtype=torch.promote_types(out.dtype, torch.float32))
+    none = out.new_empty(0, dtype=wide_dtype(inputs.query))
     return (
         out.contiguous(),
         none if lse is None else lse.contiguous(),
@@ -134,8 +134,8 @@ def _operator_gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: A
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? relative_bias, Tensor? alibi_slopes, "
     "Tensor? seed, Tensor? seqlens_q, Tensor? seqlens_k, Tensor? block_map, Tensor? blocks_of_query, "
-    "Tensor? blocks_of_key, Tensor? tiles, float softmax_scale, float dropout_p, float softcap, SymInt left, "
-    "SymInt right, bool bottom_right, bool packed, SymInt max_len_q, SymInt max_len_k"
+    "Tensor? blocks_of_key, Tensor? tiles, Tensor? scales, float softmax_scale, float dropout_p, float softcap, "
+    "SymInt left, SymInt right, bool bottom_right, bool packed, SymInt max_len_q, SymInt max_len_k"
 )
 attention_backward_operator = operator.register(
     f"attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor statistics, {_ARGUMENTS}, bool[] needs) "

@@ -35,6 +35,8 @@ class Switches(NamedTuple):
     GROUPED: bool
     """Whether several query heads share a key head."""
     DROPOUT: bool
+    FLOAT8: bool
+    """Whether inputs are float8, with scales. Values and probabilities are multiplied in float16, which holds both."""
     PRECISION: str
     WIDE: bool
     """Whether offsets inside one sequence and head need 64 bits."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.triton_blocks import dropout_keep
-from .arguments import Inputs, Options
+from .arguments import Inputs, Options, output_dtype
 from .configs import FORWARD
 from .launching import describe, empty_in_order_of, strides_of_list
 from .triton_blocks import (
@@ -71,6 +71,8 @@ def _visit_keys(
         if S.DROPOUT:  # the softmax's denominator counts the dropped keys too
             p = tl.where(dropout_keep(seed, flat, start, dropout_threshold, S.BLOCK_N), p * keep_scale, 0.0)
         v = load_tile(v_ptr + far * stride_vn + v_at, inside, offs_dv, CHECK, S.VALUE_DIM, S.BLOCK_DV)  # [BN, BDV]
+        if S.FLOAT8:
+            v = v.to(tl.float16)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=S.PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
@@ -80,7 +82,7 @@ def _visit_keys(
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, statistics_ptr,
     mask_ptr, relative_ptr, slopes_ptr, seed_ptr, seqlens_q_ptr, seqlens_k_ptr, map_ptr, list_ptr, tiles_ptr,
-    strides_q, strides_k, strides_v, strides_out, strides_mask, strides_added, strides_map, strides_list,
+    scales_ptr, strides_q, strides_k, strides_v, strides_out, strides_mask, strides_added, strides_map, strides_list,
     heads, rows_of, len_q, len_k, window, numbers, dropout_threshold,
     RETURN_LSE: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
@@ -101,6 +103,12 @@ def attention_forward_kernel(
     h = (head % nhead).to(tl.int64)
     own, first_q, first_k, limits = both_sequences(b, seqlens_q_ptr, seqlens_k_ptr, rows_of, len_q, len_k, window, S)
     terms = terms_of(b, h, mask_ptr, relative_ptr, slopes_ptr, strides_mask, strides_added, window, numbers, S)
+    value_scale = 1.0
+    if S.FLOAT8:
+        scale, cap, slope, relative, reach, mask, stride_mm, stride_mn = terms
+        scale *= tl.load(scales_ptr + 2 * (b * nhead + h))
+        terms = (scale, cap, slope, relative, reach, mask, stride_mm, stride_mn)
+        value_scale = tl.load(scales_ptr + 2 * (b * nhead + h) + 1)
     longest = len_q
     len_q, len_k, offset, left, right = limits
     seed = tl.load(seed_ptr) if S.DROPOUT else 0
@@ -169,6 +177,8 @@ def attention_forward_kernel(
         empty = empty | (rows >= len_q)
     row_sum = tl.where(empty, 1.0, row_sum)
     out = tl.where(empty[:, None], 0.0, acc) / row_sum[:, None]
+    if S.FLOAT8:
+        out *= value_scale
     out_base = out_ptr + own * stride_ob + h * stride_oh + first_q * stride_om
     out_ptrs = out_base + tile(rows, stride_om, offs_dv, stride_od, S)
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=stored[:, None] & (offs_dv < S.VALUE_DIM)[None, :])
@@ -191,7 +201,7 @@ def attention_forward(inputs: Inputs, options: Options, return_lse: bool) -> tup
     scores."""
     call = describe(inputs, options)
     query = inputs.query
-    out = empty_in_order_of(query, inputs.value.shape[3])
+    out = empty_in_order_of(query, inputs.value.shape[3], output_dtype(query))
     rows = query.shape[:3]
     parts = (2,) if call.switches.ADDED else ()
     statistics = torch.empty((*rows, *parts), dtype=torch.float32, device=query.device)
@@ -203,7 +213,7 @@ def attention_forward(inputs: Inputs, options: Options, return_lse: bool) -> tup
     with launch.on_device_of(query):
         attention_forward_kernel[(blocks * call.sequences * call.nhead,)](
             query, inputs.key, inputs.value, out, lse, statistics, *call.pointers, inputs.block_map,
-            inputs.blocks_of_query, inputs.tiles, *call.strides, out.stride(), *call.strides_of_terms,
+            inputs.blocks_of_query, inputs.tiles, inputs.scales, *call.strides, out.stride(), *call.strides_of_terms,
             call.strides_of_map, strides_of_list(inputs.blocks_of_query), *call.sizes,
             RETURN_LSE=return_lse, S=call.switches._replace(BLOCK_M=config.block_m, BLOCK_N=config.block_n),
             num_warps=config.num_warps, num_stages=config.num_stages, **launch.COMPILE_OPTIONS,

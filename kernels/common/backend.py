@@ -12,8 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import checks
+
 BACKENDS = ("auto", "triton", "eager")
-KERNEL_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+KERNEL_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16}) | checks.FLOAT8
 
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so a later change could not take effect.
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")

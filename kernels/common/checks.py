@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+"""Which attention takes too, for inference."""
 
 
 def describe(value: Any) -> str:

@@ -32,6 +32,12 @@ def architecture(index: int | None) -> str:
     return f"sm_{major}{minor}"
 
 
+def has_float8(index: int | None) -> bool:
+    """True where the chip multiplies float8 numbers: NVIDIA's from sm_89 on. True where there is no chip to ask."""
+    name = architecture(index)
+    return not name or (name.startswith("sm_") and int(name.removeprefix("sm_")) >= 89)
+
+
 def on_device_of(x: Tensor) -> Any:
     """Make the GPU of `x` current for a launch; free where it already is."""
     if torch.cuda.is_available() and x.device.index not in (None, torch.cuda.current_device()):

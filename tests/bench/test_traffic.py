@@ -115,3 +115,36 @@ def test_what_a_pass_moves_is_near_its_least(passes):
     """Beyond inputs, outputs and saved tensors only what passes between its kernels, each byte once a kernel."""
     for name in ("attention 2x2x256x64, forward", "add_norm 512x256, forward", "add_norm 512x1024, dropout, forward"):
         assert sum(launch.once for launch in passes[name].launches) <= 1.05 * passes[name].least, name
+
+
+@pytest.mark.parametrize("kind", ["window", "block mask"])
+def test_sparse_attention_costs_what_is_live(_interpreted, kind):
+    """Twice the length is twice the live blocks, forward and backward, and four times all blocks."""
+    from fusenc.bench.traffic import count_traffic
+    from fusenc.kernels import BlockMask, attention
+
+    flops, key_bytes = {}, {}
+    for length in (512, 1024):
+        options = {"window": (32, 32)}
+        if kind == "block mask":
+            options = {"block_mask": BlockMask.sliding_window(length, 32, block_size=64)}
+        q, k, v = (torch.randn(1, 1, length, 16, dtype=torch.float16, requires_grad=True) for _ in range(3))
+        with count_traffic() as launches:
+            torch.autograd.grad(attention(q, k, v, **options).sum(), (q, k, v))
+        flops[length] = sum(launch.dot_flops for launch in launches)
+        key_bytes[length] = sum(launch.arguments["k_ptr"].loaded for launch in launches if launch.dot_flops)
+    assert flops[1024] <= 2.3 * flops[512] and key_bytes[1024] <= 2.3 * key_bytes[512]
+
+
+def test_a_biass_gradient_is_stored_once_and_nothing_of_its_size_times_the_batch(_interpreted):
+    from fusenc.bench.traffic import count_traffic
+    from fusenc.kernels import attention
+
+    q, k, v = (torch.randn(3, 2, 70, 16, dtype=torch.float16) for _ in range(3))
+    bias = torch.randn(1, 2, 70, 70, dtype=torch.float16, requires_grad=True)
+    out = attention(q, k, v, bias)
+    with count_traffic() as launches:
+        torch.autograd.grad(out.sum(), bias)
+    assert [launch.kernel for launch in launches] == ["delta_kernel", "attention_plane_kernel"]
+    written = {name: a.stored for name, a in launches[1].arguments.items() if a.stored}
+    assert written == {"out_ptr": 2 * 70 * 70 * 4}  # float32, for all three sequences together

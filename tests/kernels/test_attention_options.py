@@ -13,7 +13,7 @@ from fusenc.kernels import BlockMask, alibi_slopes, attention, attention_varlen,
 from fusenc.kernels.common import dropout
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import LEAST_GRADIENT, SAME_ALGORITHM
+from tolerances import FLOAT8, LEAST_GRADIENT, SAME_ALGORITHM
 from torch import Tensor
 
 pytestmark = pytest.mark.kernel
@@ -355,6 +355,20 @@ def test_weights_of_padded_sequences(device):
     torch.testing.assert_close(got, expected, rtol=0, atol=SAME_ALGORITHM)
 
 
+def test_weights_of_a_packed_batch(device):
+    lengths_q, lengths_k = [40, 0, 37], [30, 12, 69]
+    starts = [torch.tensor([0, *n]).cumsum(0).to(device) for n in (lengths_q, lengths_k)]
+    q, k = randn(77, 4, 16, device=device), randn(111, 2, 16, device=device, seed=2)
+    options = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "max_seqlen_q": 40, "max_seqlen_k": 69}
+    got = attention_weights(q, k, softcap=2.0, **options).cpu()
+    expected = torch.zeros(3, 4, 40, 69)
+    for i, (n, m) in enumerate(zip(lengths_q, lengths_k, strict=True)):
+        one = [t[int(s[i]) : int(s[i + 1])].transpose(0, 1)[None].cpu() for t, s in zip((q, k), starts, strict=True)]
+        eye = torch.eye(m).expand(1, 2, m, m)
+        expected[i, :, :n, :m] = Case(softcap=2.0).reference(*one, eye)[0][0]
+    torch.testing.assert_close(got, expected, rtol=0, atol=SAME_ALGORITHM)
+
+
 @pytest.mark.parametrize("gradient", ["bias", "relative"])
 def test_two_runs_give_the_same_bits(device, gradient):
     def run():
@@ -389,6 +403,60 @@ def test_empty_batches(device, dtype):
     assert torch.autograd.grad(out.sum(), none)[0].shape == none.shape
     two = torch.zeros(3, dtype=torch.int32, device=device)
     assert attention_varlen(none, none, none, two, two, 0, 0).shape == (0, 2, 8)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_float8_with_scales(device, dtype):
+    q, k, v = dense_inputs(device, heads=4, key_heads=2, dim=24, value_dim=40)
+    scales = [torch.rand(shape, device=device) + 0.5 for shape in ((2, 4), (1, 2), ())]
+    eighths = [(t.cpu() / 2).to(dtype).to(device) for t in (q, k, v)]
+    grouped = [scales[0][..., None, None], scales[1].expand(2, 2)[..., None, None], scales[2]]
+    wide = [t.cpu().float() * s.cpu() for t, s in zip(eighths, grouped, strict=True)]
+    options = {"window": (40, 20), "enable_gqa": True, "return_lse": True}
+    names = dict(zip(("query_scale", "key_scale", "value_scale"), scales, strict=True))
+    with torch.no_grad():
+        out, lse = attention(*eighths, **options, **names)
+        expected = attention(*(t.double() for t in wide), **options)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    torch.testing.assert_close(out.float().cpu(), expected[0].float(), rtol=0, atol=FLOAT8)
+    torch.testing.assert_close(lse.cpu(), expected[1].float(), rtol=0, atol=FLOAT8)
+    starts = torch.tensor([0, 30, 70])
+    rows = [t[0].transpose(0, 1)[:70] for t in eighths]
+    with torch.no_grad():
+        packed = attention_varlen(*rows, starts.to(device), starts.to(device), 40, 40, **names)
+        one = [t[:1, :, :30] for t in eighths]
+        alone = attention(*one, enable_gqa=True, **{n: s[:1] if s.dim() else s for n, s in names.items()})
+    torch.testing.assert_close(packed[:30].float(), alone[0].transpose(0, 1).float(), rtol=0, atol=FLOAT8)
+
+
+def test_activation_checkpointing_draws_the_same_dropout(request, device):
+    if request.config.getoption("--device") == "ttsem":
+        pytest.skip("checkpointing saves the state of a GPU's generator, which ttsem has not")
+    from torch.utils.checkpoint import checkpoint
+
+    inputs = [t.requires_grad_() for t in dense_inputs(device)]
+
+    def gradients(call):
+        torch.manual_seed(3)
+        return torch.autograd.grad(call(*inputs).sum(), inputs)
+
+    def layer(q, k, v):
+        return attention(q, k, v, dropout_p=0.3)
+
+    expected = gradients(layer)
+    got = gradients(lambda *t: checkpoint(layer, *t, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_vmap_works_or_says_what_to_do(device, backend):
+    q, k, v = dense_inputs(device, batch=3)
+    call = torch.func.vmap(lambda q, k, v: attention(q[None], k[None], v[None], is_causal=True)[0])
+    if backend == "eager":
+        torch.testing.assert_close(call(q, k, v), attention(q, k, v, is_causal=True))
+    else:
+        with pytest.raises(RuntimeError, match="vmap"):
+            call(q, k, v)
 
 
 @pytest.mark.slow

@@ -96,6 +96,28 @@ def test_attention_options(options, error, named):
         attention(Q, Q, Q, **options)
 
 
+def test_float8(monkeypatch):
+    from fusenc.kernels.common import launch
+
+    q8 = Q.to(torch.float8_e4m3fn)
+    one = torch.ones(())
+    with pytest.raises(TypeError, match=r"^key: expected dtype torch.float8_e4m3fn"):
+        attention(q8, Q, Q)
+    with pytest.raises(ValueError, match=r"^query_scale: expected None"):
+        attention(Q, Q, Q, query_scale=one)
+    with pytest.raises(TypeError, match=r"^key_scale: expected a float32 tensor"):
+        attention(q8, q8, q8, key_scale=2.0)
+    with pytest.raises(ValueError, match=r"^value_scale: expected a shape that broadcasts"):
+        attention(q8, q8, q8, value_scale=torch.ones(5))
+    with pytest.raises(ValueError, match=r"^attn_mask: expected a tensor that needs no gradient"):
+        attention(q8, q8, q8, torch.ones(5, 5, requires_grad=True))
+    with pytest.raises(TypeError, match=r"^query: expected a float32"):
+        attention_weights(q8, q8)
+    for name, has in {"sm_80": False, "sm_89": True, "sm_90": True, "sm_120": True, "gfx942": False, "": True}.items():
+        monkeypatch.setattr(launch, "architecture", lambda index, name=name: name)
+        assert launch.has_float8(None) == has
+
+
 def test_heads_that_do_not_divide():
     for heads, grouped in ((1, False), (2, True), (0, True)):
         with pytest.raises(ValueError, match=r"^key: expected .*, got "):

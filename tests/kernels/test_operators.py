@@ -141,7 +141,7 @@ def test_backward_formula_agrees_with_autograd(operator):
     from fusenc.kernels.ffn import eager as ffn_eager
 
     eager = {
-        "attention": lambda *a: attention_eager.attention(Inputs(*a[:13]), Options(*a[13:-1]))[0],
+        "attention": lambda *a: attention_eager.attention(Inputs(*a[:14]), Options(*a[14:-1]))[0],
         "add_norm": lambda *a: add_norm_eager.add_norm(*a[:-1])[0],
         "ffn": lambda *a: ffn_eager.ffn(*a[:-1])[0],
     }[operator]
