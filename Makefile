@@ -35,6 +35,7 @@ test-interpreter: install  ## a second, independent opinion on the kernels
 
 test-slow: install  ## the full sweep of kernel options
 	$(PYTEST) -m "kernel and slow" --device ttsem
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and slow" --device interpreter
 
 check: install  ## style and types; mypy reads a built package, since it cannot follow an editable install's mapping
 	$(BIN)/ruff check .
