@@ -334,7 +334,8 @@ def attention_weights(
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and query.dim() == key.dim() == rank):
         _explain_ranks(query, key, key, expected, rank)
     checks.floating_tensor("query", query)
-    if backend.autocast_enabled(query):
+    autocast = backend.autocast_enabled(query)
+    if autocast:
         query, key = operator.autocast_inputs(query.device.type, query, key)
     if packed:
         query, key = (t.transpose(0, 1)[None] for t in (query, key))
@@ -370,7 +371,7 @@ def attention_weights(
             assert statistics is not None
             weights = softmax_weights(statistics, inputs, options, first, last - first, average)
         else:
-            with torch.autocast(query.device.type, enabled=False):
+            with torch.autocast(query.device.type, enabled=False) if autocast else contextlib.nullcontext():
                 weights = eager.attention_weights(inputs, options, first, last - first, average)
     return weights[:, 0] if average else weights
 
@@ -474,7 +475,9 @@ def _checked_window(window: Any) -> tuple[int, int]:
 def _checked_slopes(slopes: Any, query: Tensor, batch: int) -> Tensor:
     nhead = query.shape[1]
     checks.floating_tensor("alibi_slopes", slopes)
-    if tuple(slopes.shape) not in ((nhead,), (batch, nhead)):
+    # Size by size, here and elsewhere: torch.compile would fix the sizes of tuples that are compared.
+    fits = slopes.dim() in (1, 2) and slopes.shape[-1] == nhead and (slopes.dim() == 1 or slopes.shape[0] == batch)
+    if not fits:
         checks.fail_value("alibi_slopes", f"shape [{nhead}] or [{batch}, {nhead}]", slopes)
     if slopes.device != query.device:
         checks.fail_value("alibi_slopes", f"device {query.device}, that of query", slopes)
@@ -496,7 +499,7 @@ def _checked_blocks(block_mask: Any, query: Tensor, full: tuple[int, ...]) -> tu
     if not isinstance(block_mask, BlockMask):
         checks.fail_type("block_mask", "a BlockMask", block_mask)
     fits = [size in (1, whole) for size, whole in zip(block_mask.shape[:2], full[:2], strict=True)]
-    if not all(fits) or block_mask.shape[2:] != full[2:]:
+    if not all(fits) or any(size != whole for size, whole in zip(block_mask.shape[2:], full[2:], strict=True)):
         batch, nhead, len_q, len_k = full
         expected = f"one of shape [1 or {batch}, 1 or {nhead}, {len_q}, {len_k}]"
         checks.fail_value("block_mask", expected, block_mask.shape)
@@ -542,7 +545,7 @@ def _checked_lengths(name: str, lengths: Any, batch: int, whole: int, query: Ten
     if lengths is None:
         return torch.full((batch,), whole, dtype=torch.int32, device=query.device)
     _check_integers(name, lengths, query)
-    if tuple(lengths.shape) != (batch,):
+    if lengths.dim() != 1 or lengths.shape[0] != batch:
         checks.fail_value(name, f"shape [{batch}]", lengths)
     if _values_cost_nothing(lengths) and batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= whole:
         checks.fail_value(name, f"lengths from 0 to {whole}", lengths.tolist())

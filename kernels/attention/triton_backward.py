@@ -23,6 +23,7 @@ from .triton_blocks import (
     load_tile,
     terms_of,
     tile,
+    visible_keys,
     visible_range,
 )
 
@@ -307,7 +308,7 @@ def attention_dq_kernel(
     own, first_q, first_k, limits = both_sequences(b, seqlens_q_ptr, seqlens_k_ptr, rows_of, len_q, len_k, window, S)
     terms = terms_of(b, h, mask_ptr, relative_ptr, slopes_ptr, strides_mask, strides_added, window, numbers, S)
     longest = len_q
-    len_q, len_k, offset, left, right = limits
+    len_q = limits[0]
     seed = tl.load(seed_ptr) if S.DROPOUT else 0
     random = (seed, dropout_threshold, numbers[2])
 
@@ -343,16 +344,7 @@ def attention_dq_kernel(
         )  # fmt: skip
     else:
         sparse = (list_ptr, map_ptr, 0, tiles_ptr)
-        ragged = False
-        if S.MASK_ROWS:
-            ragged = row0 + S.BLOCK_M > len_q
-        low, plain_low, plain_high, high = visible_range(
-            row0, S.BLOCK_M, len_k, offset, left, right, ragged, S.LEFT, S.RIGHT, S.BLOCK_N
-        )
-        if S.SEQUENCES != "dense":
-            if row0 >= len_q:
-                high = 0
-                plain_high = 0
+        low, plain_low, plain_high, high = visible_keys(row0, limits, S)
         if S.LEFT:
             dq = _visit_keys(
                 dq, q, dout, row_max, rest, delta, k_base, v_base, kv_strides, rows, flat, terms, limits, random,

@@ -155,6 +155,23 @@ def visible_range(
 
 
 @triton.jit
+def visible_keys(row0, limits, S: tl.constexpr):
+    """`visible_range` of a block of queries."""
+    len_q, len_k, offset, left, right = limits
+    ragged = False
+    if S.MASK_ROWS:
+        ragged = row0 + S.BLOCK_M > len_q
+    low, plain_low, plain_high, high = visible_range(
+        row0, S.BLOCK_M, len_k, offset, left, right, ragged, S.LEFT, S.RIGHT, S.BLOCK_N
+    )
+    if S.SEQUENCES != "dense":
+        if row0 >= len_q:
+            high = 0
+            plain_high = 0
+    return low, plain_low, plain_high, high
+
+
+@triton.jit
 def _tanh(x):
     # Near 0 the quotient would lose what makes x different from 0; the series is exact to float32 there.
     x2 = x * x

@@ -22,7 +22,7 @@ from .triton_blocks import (
     load_tile,
     terms_of,
     tile,
-    visible_range,
+    visible_keys,
 )
 
 
@@ -110,7 +110,7 @@ def attention_forward_kernel(
         terms = (scale, cap, slope, relative, reach, mask, stride_mm, stride_mn)
         value_scale = tl.load(scales_ptr + 2 * (b * nhead + h) + 1)
     longest = len_q
-    len_q, len_k, offset, left, right = limits
+    len_q = limits[0]
     seed = tl.load(seed_ptr) if S.DROPOUT else 0
     random = (seed, dropout_threshold, numbers[2])
 
@@ -145,16 +145,7 @@ def attention_forward_kernel(
         )  # fmt: skip
     else:
         sparse = (list_ptr, map_ptr, 0, tiles_ptr)
-        ragged = False
-        if S.MASK_ROWS:
-            ragged = row0 + S.BLOCK_M > len_q
-        low, plain_low, plain_high, high = visible_range(
-            row0, S.BLOCK_M, len_k, offset, left, right, ragged, S.LEFT, S.RIGHT, S.BLOCK_N
-        )
-        if S.SEQUENCES != "dense":
-            if row0 >= len_q:
-                high = 0
-                plain_high = 0
+        low, plain_low, plain_high, high = visible_keys(row0, limits, S)
         if S.LEFT:
             acc, row_max, row_sum = _visit_keys(
                 acc, row_max, row_sum, q, k_base, v_base, kv_strides, rows, flat, terms, limits, random, sparse,

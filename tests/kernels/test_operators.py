@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusenc.kernels import BlockMask, add_norm, attention, attention_varlen, ffn
+from fusenc.kernels import BlockMask, add_norm, alibi_slopes, attention, attention_varlen, attention_weights, ffn
 from fusenc.kernels.add_norm.op import add_norm_operator
 from fusenc.kernels.attention.arguments import Inputs, Options
 from fusenc.kernels.attention.op import attention_operator
@@ -196,6 +196,21 @@ def test_dynamic_shapes_do_not_recompile():
     assert compiled[0] > 0 and compiled == [compiled[0]] * 3
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_options_compile_with_any_sizes(dynamic):
+    torch._dynamo.reset()
+    blocks = BlockMask.sliding_window(7, 2, block_size=16)
+
+    def block(q, lengths):
+        return attention(
+            q, q, q, window=(5, None), alibi_slopes=alibi_slopes(3), seqlens_k=lengths, block_mask=blocks, scale=-1.0
+        )
+
+    q, lengths = randn(2, 3, 7, 8), torch.tensor([7, 4])
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, lengths), block(q, lengths), rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     q = randn(1, 2, 5, 8)
@@ -218,6 +233,7 @@ def test_meta_tensors_give_shapes_without_memory():
     x, w = torch.empty(4, 8, device="meta"), torch.empty(8, 8, device="meta")
     attention(q, q, q, dropout_p=0.1).sum().backward()
     assert q.grad.shape == q.shape and q.grad.is_meta
+    assert attention_weights(q, q, softcap=1.0).is_meta and attention(q, q, q, window=(1, 1)).is_meta
     assert add_norm(x, x, w[0], w[0], dropout_p=0.1).is_meta and ffn(x, w, None, w, None, dropout_p=0.1).is_meta
 
 
