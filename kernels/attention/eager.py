@@ -60,16 +60,22 @@ def _groups(inputs: Inputs, options: Options) -> Iterator[tuple[Inputs, slice, l
     if options.packed:
         lengths_q, lengths_k = ([b - a for a, b in itertools.pairwise(starts)] for starts in (starts_q, starts_k))
     nhead, total = inputs.query.shape[1:3]
+    counts = [
+        (lengths, len(list(members))) for lengths, members in itertools.groupby(zip(lengths_q, lengths_k, strict=True))
+    ]
+    # Split at once: the gradient is put together at once, too, where slices would each give one of the whole size.
+    pieces = []
+    for t, which in ((inputs.query, 0), (inputs.key, 1), (inputs.value, 1)):
+        if options.packed:
+            pieces.append(t[0].split([lengths[which] * count for lengths, count in counts], 1))
+        else:
+            pieces.append(t.split([count for _, count in counts]))
     first = 0
-    for (len_q, len_k), members in itertools.groupby(zip(lengths_q, lengths_k, strict=True)):
-        count = len(list(members))
+    for ((len_q, len_k), count), *parts in zip(counts, *pieces, strict=True):
         group = slice(first, first + count)
 
-        def of_group(t: Tensor, starts: list[int], length: int, group: slice = group, count: int = count) -> Tensor:
-            if not options.packed:
-                return t[group, :, :length]
-            start = starts[group.start]
-            return t[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+        def of_group(t: Tensor, length: int, count: int = count) -> Tensor:
+            return t.unflatten(1, (count, length)).transpose(0, 1) if options.packed else t[:, :, :length]
 
         mask = _of_group(inputs.attn_mask, group)
         if mask is not None:
@@ -79,8 +85,8 @@ def _groups(inputs: Inputs, options: Options) -> Iterator[tuple[Inputs, slice, l
             both = itertools.product(range(first, first + count), range(nhead))
             rows = [h * total + starts_q[b] if options.packed else (b * nhead + h) * total for b, h in both]
         dense = inputs._replace(
-            query=of_group(inputs.query, starts_q, len_q), key=of_group(inputs.key, starts_k, len_k),
-            value=of_group(inputs.value, starts_k, len_k), attn_mask=mask, seqlens_q=None, seqlens_k=None,
+            query=of_group(parts[0], len_q), key=of_group(parts[1], len_k), value=of_group(parts[2], len_k),
+            attn_mask=mask, seqlens_q=None, seqlens_k=None,
             alibi_slopes=_of_group(inputs.alibi_slopes, group), block_map=_of_group(inputs.block_map, group),
         )  # fmt: skip
         first += count
