@@ -18,6 +18,8 @@ from .block_mask import BlockMask
 Alignment = Literal["top_left", "bottom_right"]
 Window = tuple[int | None, int | None]
 _DTYPES = checks.DTYPES | checks.FLOAT8
+_NOTHING = contextlib.nullcontext()
+_NO_BLOCKS = (None, None, None, None)
 _FAR = 1 << 30  # farther than any sequence is long
 
 
@@ -380,7 +382,8 @@ def _assemble(
     query: Tensor, key: Tensor, value: Tensor, seqlens_q: Tensor | None, seqlens_k: Tensor | None,
     batch: int, len_q: int, len_k: int, packed: bool, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, window: Window | None, alibi_slopes: Tensor | None, relative_bias: Tensor | None,
-    softcap: float | None, alignment: str, block_mask: BlockMask | None, *float8_scales: Tensor | None,
+    softcap: float | None, alignment: str, block_mask: BlockMask | None,
+    query_scale: Tensor | None = None, key_scale: Tensor | None = None, value_scale: Tensor | None = None,
 ) -> tuple[Inputs, Options]:  # fmt: skip
     """Check the options and bring everything into the one form that the paths take."""
     nhead, head_dim = query.shape[1], query.shape[3]
@@ -407,15 +410,20 @@ def _assemble(
         alibi_slopes = _checked_slopes(alibi_slopes, query, batch)
     if relative_bias is not None:
         _check_relative_bias(relative_bias, query)
-    blocks: tuple[Tensor | None, ...] = (None, None, None, None)
+    blocks: tuple[Tensor | None, ...] = _NO_BLOCKS
     if block_mask is not None:
         blocks = _checked_blocks(block_mask, query, (batch, nhead, len_q, len_k))
     seed = dropout.new_seed(query) if dropout_p > 0.0 else None
     scales = None
-    if query.dtype in checks.FLOAT8 or any(t is not None for t in float8_scales):
-        scales = _checked_scales(query, key, batch, attn_mask, relative_bias, *float8_scales)
-    inputs = Inputs(query, key, value, attn_mask, relative_bias, alibi_slopes, seed, seqlens_q, seqlens_k, *blocks)
-    inputs = inputs._replace(scales=scales)
+    if (
+        query.dtype in checks.FLOAT8 or query_scale is not None or key_scale is not None or value_scale is not None
+    ):  # fmt: skip
+        scales = _checked_scales(query, key, batch, attn_mask, relative_bias, query_scale, key_scale, value_scale)
+    block_map, blocks_of_query, blocks_of_key, tiles = blocks
+    inputs = Inputs(
+        query, key, value, attn_mask, relative_bias, alibi_slopes, seed, seqlens_q, seqlens_k,
+        block_map, blocks_of_query, blocks_of_key, tiles, scales,
+    )  # fmt: skip
     cap = 0.0 if softcap is None else float(softcap)
     options = Options(
         softmax_scale, float(dropout_p), cap, left, right, alignment == "bottom_right", packed, len_q, len_k
@@ -427,7 +435,7 @@ def _run(inputs: Inputs, options: Options, return_lse: bool, autocast: bool) -> 
     """The call on the path that serves it: an operator inside torch.compile, else kernels or eager PyTorch."""
     # The inputs are in autocast's dtype by now; what a path computes inside is float32.
     query = inputs.query
-    quiet: Any = torch.autocast(query.device.type, enabled=False) if autocast else contextlib.nullcontext()
+    quiet: Any = torch.autocast(query.device.type, enabled=False) if autocast else _NOTHING
     if torch.compiler.is_compiling():
         with quiet:
             out, lse, _ = op.attention_operator(*inputs, *options, return_lse)

@@ -140,11 +140,11 @@ def _dense(
 
 def _served_by_torch(inputs: Inputs, options: Options) -> Tensor | None:
     """The output of torch's own attention where it does what is asked, which it does fast on the CPU."""
-    query, key, value, attn_mask, *rest = inputs
+    query, key, value, attn_mask, relative_bias, alibi_slopes, seed, *_ = inputs
     causal = options.right == 0
     if (
-        query.device.type != "cpu" or query.is_cuda or any(t is not None for t in rest)
-        or options.left >= 0 or options.right > 0 or options.softcap > 0.0
+        not query.is_cpu or query.is_cuda or seed is not None or relative_bias is not None or alibi_slopes is not None
+        or inputs.block_map is not None or options.left >= 0 or options.right > 0 or options.softcap > 0.0
         or (causal and (attn_mask is not None or (options.bottom_right and query.shape[2] != key.shape[2])))
     ):  # fmt: skip
         return None
