@@ -209,6 +209,7 @@ CASES = {
     "causal, bottom right": Case(is_causal=True, alignment="bottom_right"),
     "window": Case(window=(10, 5)),
     "window, bottom right, left side": Case(window=(7, None), alignment="bottom_right"),
+    "window that reaches one key past a block": Case(window=(1, 1)),
     "causal window": Case(is_causal=True, window=(20, None)),
     "softcap": Case(softcap=2.0),
     "ALiBi": Case(alibi=True, alignment="bottom_right"),
