@@ -470,7 +470,7 @@ def test_vmap_works_or_says_what_to_do(device, backend):
 
 
 # Each combination is compiled anew, five seconds; Triton's interpreter needs none of that.
-EXAMPLES = 20 if os.environ.get("TRITON_INTERPRET") == "1" else 15
+EXAMPLES = 10 if os.environ.get("TRITON_INTERPRET") == "1" else 15
 
 
 @pytest.mark.slow
