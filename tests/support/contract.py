@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from tolerances import FLOOR, FORWARD_FACTOR, GRADIENT_FACTOR
+from tolerances import FLOOR, FORWARD_FACTOR, GRADIENT_FACTOR, size_of_a_sum
 from torch import Tensor
 
 Function = Callable[..., Tensor]
 
 
 def assert_contract(
-    kernel: Function, reference: Function, inputs: Sequence[Tensor], dtype: torch.dtype, *, least_gradient: float = 0.0
-) -> None:
+    kernel: Function, reference: Function, inputs: Sequence[Tensor], dtype: torch.dtype, *,
+    least_gradient: float = 0.0, summed: Mapping[int, int] | None = None,
+) -> None:  # fmt: skip
     """Hold `kernel` to the contract, forward and backward.
 
     Args:
@@ -21,6 +22,7 @@ def assert_contract(
         reference: the same in plain PyTorch; run in float64 for the truth and in `dtype` for eager's error.
         inputs: float32 tensors; they are rounded to `dtype` first, so every side starts from the same values.
         least_gradient: the floor counts a gradient as at least this large; see `tolerances.LEAST_GRADIENT`.
+        summed: inputs (by position) whose gradient is a sum over so many rows; see `tolerances.size_of_a_sum`.
     """
     rounded = [t.to(dtype).detach() for t in inputs]
     got, grads = _run(kernel, rounded)
@@ -28,7 +30,8 @@ def assert_contract(
     eager, eager_grads = _run(reference, rounded, like=got)
     _compare("output", got, truth, eager, FORWARD_FACTOR, dtype)
     for i, (g, t, e) in enumerate(zip(grads, true_grads, eager_grads, strict=True)):
-        _compare(f"gradient of input {i}", g, t, e, GRADIENT_FACTOR, dtype, least_gradient)
+        least = max(least_gradient, size_of_a_sum((summed or {}).get(i, 0)))
+        _compare(f"gradient of input {i}", g, t, e, GRADIENT_FACTOR, dtype, least)
 
 
 def _run(function: Function, inputs: list[Tensor], like: Tensor | None = None) -> tuple[Tensor, Sequence[Tensor]]:

@@ -20,6 +20,14 @@ LEAST_GRADIENT = 10.0
 eager's is 0 by luck, but dS = P (dP - delta) there is the difference of two numbers of the size of dO V, about 10
 for the tests' sizes, and keeps their rounding. Used by those tests alone."""
 
+
+def size_of_a_sum(rows: int) -> float:
+    """How large the floor counts the gradient of a weight or bias, summed over `rows` rows, at least: the size of a sum of
+    that many random terms of unit size, the square root of their number. A single column's sum can come out near 0 while
+    its error grows with what was added up, as a random walk does."""
+    return float(rows) ** 0.5
+
+
 SAME_ALGORITHM = 1e-5
 """float32 results of the same formulas through other calls (packed or padded, one product or three), relative to the
 largest value: a few hundred roundings of 6e-8, growing as their square root, with room for layers that amplify."""
