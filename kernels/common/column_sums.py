@@ -1,7 +1,8 @@
 """Sums over rows of several matrices in one launch: how the gradients of weights and biases come together.
 
 Each program of a backward kernel keeps its share of such a gradient in registers and writes it as one row of a
-`partial` matrix; one more launch adds the rows up. Always in the same order, without atomics: two runs give the same bits.
+`partial` matrix; one more launch adds the rows up. Always in the same order, without atomics: two runs give the same
+bits.
 """
 
 from __future__ import annotations

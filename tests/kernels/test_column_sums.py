@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fusenc.kernels.common.column_sums import ColumnSums  # noqa: E402
+from fusenc.kernels.common.column_sums import ColumnSums
 
 pytestmark = [pytest.mark.kernel, pytest.mark.interpreter]
 
