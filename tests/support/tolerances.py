@@ -23,7 +23,7 @@ for the tests' sizes, and keeps their rounding. Used by those tests alone."""
 
 def size_of_a_sum(rows: int) -> float:
     """How large the floor counts the gradient of a weight or bias, summed over `rows` rows, at least: the size of a sum
-    of that many random terms of unit size, the square root of their number. A column's sum can come out near 0 while its
+    of that many random terms of unit size, the square root of their number. A column can sum to nearly 0 while its
     error grows with what was added up, as a random walk does."""
     return float(rows) ** 0.5
 
