@@ -16,16 +16,19 @@ from .attention import (
     t5_relative_bias,
 )
 from .common.backend import get_backend, last_backend, set_backend, use_backend
+from .encoder_layer import LayerWeights, encoder_layer
 from .ffn import ffn
 
 __all__ = [
     "BlockMask",
+    "LayerWeights",
     "SdpaReport",
     "add_norm",
     "alibi_slopes",
     "attention",
     "attention_varlen",
     "attention_weights",
+    "encoder_layer",
     "ffn",
     "get_backend",
     "last_backend",

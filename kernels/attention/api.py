@@ -155,7 +155,7 @@ def attention(
             _checked_lengths(name, lengths, batch, whole, query)
             for name, lengths, whole in (("seqlens_q", seqlens_q, len_q), ("seqlens_k", seqlens_k, len_k))
         )
-    inputs, options = _assemble(
+    inputs, options = assemble(
         query, key, value, seqlens_q, seqlens_k, batch, len_q, len_k, False, attn_mask, dropout_p, is_causal, scale,
         window, alibi_slopes, relative_bias, softcap, alignment, block_mask, query_scale, key_scale, value_scale,
     )  # fmt: skip
@@ -252,12 +252,12 @@ def attention_varlen(
         or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0
     ):  # fmt: skip
         _explain_packed(query, key, value, dropout_p)
-    cu_seqlens_q = _checked_starts("cu_seqlens_q", cu_seqlens_q, total_q, "max_seqlen_q", max_seqlen_q, query)
+    cu_seqlens_q = checked_starts("cu_seqlens_q", cu_seqlens_q, total_q, "max_seqlen_q", max_seqlen_q, query)
     batch = cu_seqlens_q.shape[0] - 1
     if isinstance(cu_seqlens_k, Tensor) and cu_seqlens_k.dim() == 1 and cu_seqlens_k.shape[0] != batch + 1:
         checks.fail_value("cu_seqlens_k", f"{batch + 1} entries, as cu_seqlens_q", cu_seqlens_k)
-    cu_seqlens_k = _checked_starts("cu_seqlens_k", cu_seqlens_k, total_k, "max_seqlen_k", max_seqlen_k, query)
-    inputs, options = _assemble(
+    cu_seqlens_k = checked_starts("cu_seqlens_k", cu_seqlens_k, total_k, "max_seqlen_k", max_seqlen_k, query)
+    inputs, options = assemble(
         query, key, value, cu_seqlens_q, cu_seqlens_k, batch, max_seqlen_q, max_seqlen_k, True, attn_mask, dropout_p,
         is_causal, scale, window, alibi_slopes, relative_bias, softcap, alignment, block_mask,
         query_scale, key_scale, value_scale,
@@ -349,8 +349,8 @@ def attention_weights(
     if not (fits and heads) or key.dtype != query.dtype or key.device != query.device:
         _explain(query, key, key, 0.0, enable_gqa)
     if packed:
-        seqlens_q = _checked_starts("cu_seqlens_q", cu_seqlens_q, len_q, "max_seqlen_q", max_seqlen_q, query)
-        seqlens_k = _checked_starts("cu_seqlens_k", cu_seqlens_k, len_k, "max_seqlen_k", max_seqlen_k, query)
+        seqlens_q = checked_starts("cu_seqlens_q", cu_seqlens_q, len_q, "max_seqlen_q", max_seqlen_q, query)
+        seqlens_k = checked_starts("cu_seqlens_k", cu_seqlens_k, len_k, "max_seqlen_k", max_seqlen_k, query)
         if seqlens_q.shape != seqlens_k.shape:
             checks.fail_value("cu_seqlens_k", f"{seqlens_q.shape[0]} entries, as cu_seqlens_q", cu_seqlens_k)
         assert max_seqlen_q is not None and max_seqlen_k is not None
@@ -362,7 +362,7 @@ def attention_weights(
         )
     first, last = (0, len_q) if queries is None else _checked_queries(queries, len_q)
     with torch.no_grad():
-        inputs, options = _assemble(
+        inputs, options = assemble(
             query, key, key, seqlens_q, seqlens_k, batch, len_q, len_k, packed, attn_mask, 0.0, is_causal, scale,
             window, alibi_slopes, relative_bias, softcap, alignment, block_mask,
         )  # fmt: skip
@@ -378,7 +378,7 @@ def attention_weights(
     return weights[:, 0] if average else weights
 
 
-def _assemble(
+def assemble(
     query: Tensor, key: Tensor, value: Tensor, seqlens_q: Tensor | None, seqlens_k: Tensor | None,
     batch: int, len_q: int, len_k: int, packed: bool, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, window: Window | None, alibi_slopes: Tensor | None, relative_bias: Tensor | None,
@@ -560,7 +560,7 @@ def _checked_lengths(name: str, lengths: Any, batch: int, whole: int, query: Ten
     return lengths.int()
 
 
-def _checked_starts(name: str, starts: Any, total: int, max_name: str, longest: Any, query: Tensor) -> Tensor:
+def checked_starts(name: str, starts: Any, total: int, max_name: str, longest: Any, query: Tensor) -> Tensor:
     _check_integers(name, starts, query)
     if starts.dim() != 1 or starts.shape[0] == 0:
         checks.fail_value(name, "one dimension, [B + 1]", starts)

@@ -1,0 +1,234 @@
+"""The layer on the kernels, in one autograd function: no gradient of a bias, a norm or a residual costs a launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..add_norm.arguments import Options as NormOptions
+from ..add_norm.arguments import Wanted
+from ..attention.api import assemble
+from ..attention.arguments import Inputs
+from ..attention.arguments import Options as AttentionOptions
+from ..common import operator
+from .arguments import LayerWeights, Masks, Options
+
+_WEIGHTS = len(LayerWeights._fields)
+_Saved = list[Tensor | None]
+
+
+def new_seeds(src: Tensor, options: Options) -> list[Tensor | None]:
+    """A dropout key for each place that drops, all from one draw: the same that single draws in this order give on a
+    CPU, so that the same generator gives the same masks on every path there."""
+    drops = [p > 0.0 for p in options.dropouts]
+    if not any(drops):
+        return [None] * len(drops)
+    drawn = iter(torch.randint(2**62, (sum(drops),), dtype=torch.int64, device=src.device).split(1))
+    return [next(drawn) if drop else None for drop in drops]
+
+
+def forward(
+    src: Tensor, w: LayerWeights, masks: Masks, seeds: Sequence[Tensor | None], options: Options, save: bool
+) -> tuple[Tensor, tuple[Inputs, AttentionOptions], _Saved]:
+    """The output, and with `save` what the backward pass needs."""
+    from ..add_norm.triton_forward import add_norm_forward
+    from ..attention.triton_forward import attention_forward
+    from ..ffn.triton_forward import linear_act_forward, output_forward
+
+    p = options.dropouts
+    norm1, norm2 = _norms(options)
+    x = src.reshape(-1, src.shape[-1])
+    normed, mean1, rstd1 = x, None, None
+    if options.norm_first:
+        normed, _, mean1, rstd1 = add_norm_forward(
+            x, None, w.norm1_weight, w.norm1_bias, None, None, norm1, False, save
+        )
+    qkv = F.linear(normed, w.in_proj_weight, w.in_proj_bias)
+    inputs, attention_options = _attention_call(qkv, src.shape, masks, seeds[0], options)
+    attended, _, statistics = attention_forward(inputs, attention_options, False)
+    # The projection's bias is added where its sum is read: in the norm's kernel, whose backward pass sums its gradient.
+    projected = torch.mm(_as_rows(attended, options, x), w.out_proj_weight.t())
+    if not options.norm_first:
+        between, sum1, mean1, rstd1 = add_norm_forward(
+            projected, x, w.norm1_weight, w.norm1_bias, w.out_proj_bias, seeds[1], norm1, save, save
+        )
+        activated, hidden = linear_act_forward(
+            between, w.weight1, w.bias1, seeds[2], p.hidden, options.activation, False, None, save
+        )
+        out2 = torch.mm(activated, w.weight2.t())
+        out, sum2, mean2, rstd2 = add_norm_forward(
+            out2, between, w.norm2_weight, w.norm2_bias, w.bias2, seeds[3], norm2, save, save
+        )
+        saved = [x, qkv, attended, statistics, sum1, mean1, rstd1, between, hidden, activated, sum2, mean2, rstd2]
+    else:
+        between, sum2, mean2, rstd2 = add_norm_forward(
+            projected, x, w.norm2_weight, w.norm2_bias, w.out_proj_bias, seeds[1], norm2, True, save
+        )
+        activated, hidden = linear_act_forward(
+            between, w.weight1, w.bias1, seeds[2], p.hidden, options.activation, False, None, save
+        )
+        out = output_forward(activated, w.weight2, w.bias2, sum2, seeds[3], p.output, None)
+        saved = [normed, qkv, attended, statistics, x, mean1, rstd1, between, hidden, activated, sum2, mean2, rstd2]
+    return out.view(src.shape), (inputs, attention_options), saved if save else []
+
+
+def backward(
+    dout: Tensor, w: LayerWeights, masks: Masks, seeds: Sequence[Tensor | None], options: Options, saved: _Saved,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of the source, of each weight and of the attention mask, as far as `needs` says.
+
+    Sums over rows (norms' parameters, biases) are collected and added up by the programs of the last attention kernel;
+    a key's bias has the gradient 0.
+    """
+    from ..add_norm.triton_backward import add_norm_backward
+    from ..attention.triton_backward import attention_backward, bias_sums
+    from ..common.column_sums import ColumnSums
+    from ..ffn.triton_backward import ffn_backward
+
+    first, qkv, attended, statistics, sum1, mean1, rstd1, between, hidden, activated, sum2, mean2, rstd2 = saved
+    needs_src, needs_weights, needs_mask = needs[0], LayerWeights(*needs[1 : 1 + _WEIGHTS]), needs[1 + _WEIGHTS]
+    p, dtype, sums = options.dropouts, dout.dtype, ColumnSums()
+    norm1, norm2 = _norms(options)
+    grads = dict.fromkeys(LayerWeights._fields)
+    do = dout.reshape(-1, dout.shape[-1])
+
+    def norm_backward(
+        dy: Tensor, dsum: Tensor | None, total: Any, mean: Any, rstd: Any, seed: Tensor | None, number: int, bias: str
+    ) -> tuple[Tensor | None, Tensor | None]:
+        names = (f"norm{number}_weight", f"norm{number}_bias")
+        parameters = [dtype if name and getattr(needs_weights, name) else None for name in (*names, bias)]
+        wanted = Wanted(dtype, dtype if bias else None, *parameters)
+        dx, dz, *found = add_norm_backward(
+            dy, dsum, total, None, None, getattr(w, names[0]), mean, rstd, seed, (norm1, norm2)[number - 1], False,
+            wanted, sums,
+        )  # fmt: skip
+        grads.update({name: grad for name, grad in zip((*names, bias), found, strict=True) if name})
+        return dx, dz
+
+    def ffn_gradients(dy: Any, out_seed: Tensor | None, needs_bias2: bool, accumulate: Tensor | None) -> Tensor:
+        needed = (True, needs_weights.weight1, needs_weights.bias1, needs_weights.weight2, needs_bias2)
+        dx, grads["weight1"], grads["bias1"], grads["weight2"], dbias2 = ffn_backward(
+            dy, between, w.weight1, w.bias1, w.weight2, hidden, activated, seeds[2], out_seed, p.hidden, p.output,
+            options.activation, False, None, needed, sums, accumulate,
+        )  # fmt: skip
+        if needs_bias2:
+            grads["bias2"] = dbias2
+        return dx
+
+    if not options.norm_first:
+        dout2, dsum2 = norm_backward(do, None, sum2, mean2, rstd2, seeds[3], 2, "bias2")
+        dbetween = ffn_gradients(dout2, None, False, dsum2)
+        dprojected, dsum1 = norm_backward(dbetween, None, sum1, mean1, rstd1, seeds[1], 1, "out_proj_bias")
+    else:
+        dbetween = ffn_gradients(do, seeds[3], needs_weights.bias2, None)
+        dprojected, dsum1 = norm_backward(dbetween, do, sum2, mean2, rstd2, seeds[1], 2, "out_proj_bias")
+    assert dprojected is not None and dsum1 is not None
+
+    dsrc = dmask = None
+    flat = _as_rows(attended, options, first)
+    if needs_weights.out_proj_weight:
+        grads["out_proj_weight"] = torch.mm(dprojected.t(), flat)
+    below_norm1 = options.norm_first and (needs_weights.norm1_weight or needs_weights.norm1_bias)
+    needs_normed = needs_src or below_norm1
+    if needs_normed or needs_mask or needs_weights.in_proj_weight or needs_weights.in_proj_bias:
+        inputs, attention_options = _attention_call(qkv, dout.shape, masks, seeds[0], options)
+        dattended = _as_heads(torch.mm(dprojected, w.out_proj_weight), attended, options)
+        dqkv = torch.empty_like(qkv)
+        partial = None
+        if needs_weights.in_proj_bias:
+            grads["in_proj_bias"], partial = dqkv.new_empty(dqkv.shape[1]), bias_sums(inputs, attention_options)
+            width = dqkv.shape[1] // 3
+            parts = (partial[:, :width], partial[:0, :width], partial[:, width:])  # no row: a sum of 0
+            for part, out in zip(parts, grads["in_proj_bias"].split(width), strict=True):
+                sums.add(part, dtype, out)
+        dmask = attention_backward(
+            dattended, None, attended, statistics, inputs, attention_options, (True, True, needs_mask, False), sums,
+            partial, _views(dqkv, dout.shape, options),
+        )[3]  # fmt: skip
+        if needs_weights.in_proj_weight:
+            grads["in_proj_weight"] = torch.mm(dqkv.t(), first)
+        if options.norm_first and needs_normed:
+            dnormed = torch.mm(dqkv, w.in_proj_weight)
+            dsrc, _ = norm_backward(dnormed, dsum1, sum1, mean1, rstd1, None, 1, "")
+        elif needs_src:
+            dsrc = torch.addmm(dsum1, dqkv, w.in_proj_weight)
+    sums.launch()
+    return None if dsrc is None else dsrc.view(dout.shape), *grads.values(), dmask
+
+
+def _norms(options: Options) -> tuple[NormOptions, NormOptions]:
+    p = options.dropouts
+    first, second = (0.0, p.projection) if options.norm_first else (p.projection, p.output)
+    return NormOptions(first, options.eps1), NormOptions(second, options.eps2)
+
+
+def _views(qkv: Tensor, shape: Sequence[int], options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value ``[B, H, L, D]`` in their rows ``[T, 3 E]``; of a packed batch ``[1, H, T, D]``."""
+    split = qkv.view(*shape[:-1], 3, options.nhead, -1)
+    if len(shape) == 2:
+        split = split[None]
+    elif not options.batch_first:
+        split = split.transpose(0, 1)
+    query, key, value = split.transpose(1, 3).unbind(2)
+    return query, key, value
+
+
+def _attention_call(
+    qkv: Tensor, shape: Sequence[int], masks: Masks, seed: Tensor | None, options: Options
+) -> tuple[Inputs, AttentionOptions]:
+    query, key, value = _views(qkv, shape, options)
+    starts, packed = masks.cu_seqlens, masks.cu_seqlens is not None
+    batch, length = query.shape[0], query.shape[2]
+    if starts is not None:
+        batch, length = starts.shape[0] - 1, masks.max_seqlen
+    inputs, call = assemble(
+        query, key, value, starts, starts, batch, length, length, packed, masks.attn_mask, 0.0, masks.is_causal,
+        None, None, None, None, None, "top_left", None,
+    )  # fmt: skip
+    return inputs._replace(seed=seed), call._replace(dropout_p=options.dropouts.attention)
+
+
+def _as_rows(attended: Tensor, options: Options, rows: Tensor | None) -> Tensor:
+    """``[B, H, L, D]`` to ``[T, E]`` in the order of the source's rows; a view."""
+    assert rows is not None
+    swapped = attended.transpose(1, 2) if options.batch_first else attended.permute(2, 0, 1, 3)
+    return swapped.reshape(rows.shape)
+
+
+def _as_heads(rows: Tensor, attended: Tensor | None, options: Options) -> Tensor:
+    """The other way round."""
+    assert attended is not None
+    batch, nhead, length, head_dim = attended.shape
+    if options.batch_first:
+        return rows.view(batch, length, nhead, head_dim).transpose(1, 2)
+    return rows.view(length, batch, nhead, head_dim).permute(1, 2, 0, 3)
+
+
+class EncoderLayer(torch.autograd.Function):
+    """The kernels in eager mode, with gradients."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, src: Tensor, *arguments: Any
+    ) -> Tensor:
+        weights, masks = LayerWeights(*arguments[:_WEIGHTS]), Masks(*arguments[_WEIGHTS:-2])
+        seeds, options = arguments[-2:]
+        out, _, saved = forward(src, weights, masks, seeds, options, True)
+        ctx.save_for_backward(*weights, masks.attn_mask, masks.cu_seqlens, *seeds, *saved)
+        ctx.is_causal, ctx.max_seqlen, ctx.options = masks.is_causal, masks.max_seqlen, options
+        return out
+
+    @staticmethod
+    @operator.first_derivative
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        tensors = list(ctx.saved_tensors)
+        weights, tensors = LayerWeights(*tensors[:_WEIGHTS]), tensors[_WEIGHTS:]
+        masks = Masks(tensors[0], ctx.is_causal, tensors[1], ctx.max_seqlen)
+        seeds, saved = tensors[2:6], tensors[6:]
+        grads = backward(dout, weights, masks, seeds, ctx.options, saved, ctx.needs_input_grad)
+        return *grads, None, None, None, None, None
