@@ -236,7 +236,7 @@ def add_norm_row_means_kernel(
 # Beyond it a row, its parameters and their gradients do not fit into registers; sooner with more of them.
 MAX_WIDTH_IN_REGISTERS = 8192
 MAX_WIDTH_WITH_X_BIAS = 4096
-_WIDE_BLOCK, _WIDE_WARPS = 4096, 16  # of the pass for the means
+_WIDE_BLOCK, _WIDE_WARPS = 4096, 8  # of the pass for the means
 # A program takes at least this many rows, so that the partial sums stay a small part of the traffic.
 _LEAST_ROWS = 16
 _WARPS_PER_UNIT = 16

@@ -192,7 +192,9 @@ def add_norm_wide_forward_kernel(
         store_block(out_ptrs + start, out, row_ok, column_ok, False, not EVEN)
 
 
+# With more than a plain sum in flight registers hold less of a row.
 MAX_WIDTH_IN_REGISTERS = 16384
+MAX_WIDTH_WITH_DROPOUT = 8192
 _WIDE_BLOCK, _WIDE_WARPS = 4096, 16
 _PROGRAMS_PER_UNIT = 8  # fill every unit with warps; with more rows than that each program takes more of them
 
@@ -222,7 +224,8 @@ def add_norm_forward(
         "RMS": options.rms, "ZERO_CENTERED": options.zero_centered, "FLOAT32_SUM": options.float32_sum, "UNIT": unit,
     }  # fmt: skip
     with launch.on_device_of(x):
-        if width > MAX_WIDTH_IN_REGISTERS:
+        plain = seed is None and x_bias is None
+        if width > (MAX_WIDTH_IN_REGISTERS if plain else MAX_WIDTH_WITH_DROPOUT):
             add_norm_wide_forward_kernel[(rows,)](
                 *tensors, *sizes, *numbers, **switches, EVEN=width % _WIDE_BLOCK == 0, BLOCK_N=_WIDE_BLOCK,
                 num_warps=_WIDE_WARPS * 32 // lanes(x.device.index), **launch.COMPILE_OPTIONS,
