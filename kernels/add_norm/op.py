@@ -141,10 +141,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.recompute = recompute and not sum_is_input(residual, x_bias, seed)
     ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, weight, bias, x_bias))
     mean, rstd = None if ctx.options[2] else output[2], output[3]
+    ctx.has_sum = _stores_sum(residual, x_bias, seed, store_sum, save, recompute)
     if ctx.recompute:
         ctx.save_for_backward(x, residual, x_bias, weight, mean, rstd, seed)
     else:
-        total = output[1] if _stores_sum(residual, x_bias, seed, store_sum, save, recompute) else x
+        total = output[1] if ctx.has_sum else x
         ctx.save_for_backward(total, None, None, weight, mean, rstd, seed)
     ctx.set_materialize_grads(False)
 
@@ -153,6 +154,7 @@ def _gradients(ctx: Any, dout: Tensor | None, dsum: Tensor | None, *unused: Any)
     saved = ctx.saved_tensors
     dout = torch.zeros_like(saved[0], dtype=ctx.dtypes[0]) if dout is None else dout
     wanted = _wanted(ctx.needs_input_grad[:5], ctx.dtypes)
+    dsum = dsum if ctx.has_sum else None
     grads = add_norm_backward_operator(dout, dsum, *saved, *ctx.options, ctx.recompute, *wanted)
     if _one_gradient(saved[6], wanted):
         grads = (grads[1], *grads[1:])

@@ -77,6 +77,7 @@ def add_norm_backward_kernel(
             rstd = tl.load(rstd_ptr + offs_m, mask=row_ok, other=0.0)[:, None]
             if not RMS:
                 shift = -tl.load(mean_ptr + offs_m, mask=row_ok, other=0.0)[:, None] * rstd
+        sum_g, sum_gx = None, None
         keeps, xhats, gs, new_dweights, new_dbiases, new_dx_biases = (), (), (), (), (), ()
         for i in tl.static_range(CHUNKS):
             offset = column + i * BLOCK_N

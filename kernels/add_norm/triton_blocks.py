@@ -93,7 +93,7 @@ def statistics(x: Tensor, rows: int) -> Tensor:
 @triton.jit
 def first_chunk(ptr, rows, stride, UNIT: tl.constexpr, BLOCK_N: tl.constexpr):
     """Pointers ``[len(rows), BLOCK_N]`` to the first columns of `rows`, whose stride is given in units."""
-    return ptr + (rows * stride * UNIT)[:, None] + tl.arange(0, BLOCK_N)[None, :]
+    return ptr + (rows.to(tl.int64) * stride * UNIT)[:, None] + tl.arange(0, BLOCK_N)[None, :]
 
 
 @triton.jit

@@ -60,7 +60,7 @@ def add_norm_forward_kernel(
         offs_m = start + tl.arange(0, BLOCK_M)
         row_ok = (offs_m < last)[:, None]
         x_ptrs = first_chunk(x_ptr, offs_m, stride_x, UNIT, BLOCK_N)
-        row = ()
+        row, total, squares = (), None, None
         for i in tl.static_range(CHUNKS):
             keep, x_bias, r_ptrs = None, None, None
             if seed_ptr is not None:

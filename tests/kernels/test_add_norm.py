@@ -239,17 +239,14 @@ def test_float32_beside_half_precision(device, dtype, float32):
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
-@pytest.mark.parametrize(
-    "width", [15, 16, 17, 128, 192, 255, 257, 384, 513, 768, 769, 1536, 4096, 4104, 8192, 8200, 16384, 16392]
-)
+@pytest.mark.parametrize("width", [16, 17, 192, 257, 384, 513, 769, 1536, 4104, 8192, 8200, 16384, 16392])
 def test_widths_around_the_borders_of_the_designs(device, width, norm):
     check_options(device, 5, width, torch.float16, norm=norm, return_sum=width % 2 == 0)
 
 
 @pytest.mark.parametrize("options", [{}, OPTIONS["everything"]], ids=["plain", "everything"])
-@pytest.mark.parametrize("width", [40000, 65536])
-def test_the_widest_rows(device, width, options):
-    check_options(device, 2, width, torch.float16, **options)
+def test_the_widest_rows(device, options):
+    check_options(device, 2, 65536, torch.float16, **options)
 
 
 @pytest.mark.interpreter
@@ -357,14 +354,14 @@ def check_combination(request, rows, width, dtype, present, float32, **options):
     )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @random_combinations
 def test_some_random_combinations(request, **arguments):
     check_combination(request, **arguments)
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @random_combinations
 def test_random_combinations(request, **arguments):
     check_combination(request, **arguments)

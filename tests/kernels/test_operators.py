@@ -255,13 +255,15 @@ def test_add_norm_compiles_with_every_option(recompute, residual_dtype):
 
     inputs = [randn(5, 8, dtype=torch.bfloat16), randn(5, 8, dtype=residual_dtype), randn(8), randn(8)]
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
-    for got, expected in zip(compiled(*inputs), block(*inputs), strict=True):
+    outputs = [compiled(*inputs), block(*inputs)]
+    for got, expected in zip(*outputs, strict=True):
         assert got.dtype == expected.dtype
         torch.testing.assert_close(got, expected)
-        upstream = torch.randn_like(got)
-        grads = torch.autograd.grad(got, inputs, upstream, retain_graph=True)
-        for a, b in zip(grads, torch.autograd.grad(expected, inputs, upstream, retain_graph=True), strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+    upstream = [torch.randn_like(t) for t in outputs[0]]
+    grads = [torch.autograd.grad(out, inputs, upstream) for out in outputs]
+    for got, expected in zip(*grads, strict=True):
+        # bfloat16 with different roundings on the way: eager autograd's against the formula's.
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_meta_tensors_give_shapes_without_memory():
