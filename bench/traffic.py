@@ -196,17 +196,17 @@ CASES: dict[str, _Call] = {
     "attention 1x2x256x64, causal": (lambda q, k, v: attention(q, k, v, is_causal=True), [(1, 2, 256, 64)] * 3),
     "add_norm 512x256": (add_norm, [(512, 256), (512, 256), (256,), (256,)]),
     "add_norm 1024x768": (add_norm, [(1024, 768), (1024, 768), (768,), (768,)]),
-    "add_norm 1024x768, rms": (lambda *t: add_norm(*t, norm="rms"), [(1024, 768), (1024, 768), (768,)]),
-    "add_norm 1024x768, x_bias": (
-        lambda x, r, w, b, x_bias: add_norm(x, r, w, b, x_bias=x_bias), [(1024, 768), (1024, 768), *[(768,)] * 3],
+    "add_norm 1024x192, rms": (lambda *t: add_norm(*t, norm="rms"), [(1024, 192), (1024, 192), (192,)]),
+    "add_norm 1024x192, x_bias": (
+        lambda x, r, w, b, x_bias: add_norm(x, r, w, b, x_bias=x_bias), [(1024, 192), (1024, 192), *[(192,)] * 3],
     ),
-    "add_norm 1024x768, recompute": (
-        lambda *t: add_norm(*t, recompute=True), [(1024, 768), (1024, 768), (768,), (768,)],
+    "add_norm 1024x192, recompute": (
+        lambda *t: add_norm(*t, recompute=True), [(1024, 192), (1024, 192), (192,), (192,)],
     ),
-    "add_norm 1024x768, float32 sum": (
-        lambda *t: add_norm(*t, residual_in_fp32=True), [(1024, 768), (1024, 768), (768,), (768,)],
+    "add_norm 1024x192, float32 sum": (
+        lambda *t: add_norm(*t, residual_in_fp32=True), [(1024, 192), (1024, 192), (192,), (192,)],
     ),
-    "add_norm 32x32768": (add_norm, [(32, 32768), (32, 32768), (32768,), (32768,)]),
+    "add_norm 16x20000": (add_norm, [(16, 20000), (16, 20000), (20000,), (20000,)]),
     "add_norm 512x1024, dropout": (
         lambda *t: add_norm(*t, dropout_p=0.1), [(512, 1024), (512, 1024), (1024,), (1024,)],
     ),

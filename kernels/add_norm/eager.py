@@ -64,7 +64,9 @@ def _norm(total: Tensor, weight: Tensor | None, bias: Tensor | None, options: Op
     if not options.rms:
         return torch.layer_norm(total, width, weight, bias, options.eps)
     out = torch.rms_norm(total, width, weight, options.eps)
-    return out if bias is None else out + bias
+    if bias is None:
+        return out
+    return out + bias if torch.is_grad_enabled() else out.add_(bias)
 
 
 def _norm_without_eps(total: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:

@@ -117,11 +117,13 @@ def test_what_a_pass_moves_is_near_its_least(passes):
         assert sum(launch.once for launch in passes[name].launches) <= 1.05 * passes[name].least, name
 
 
-@pytest.mark.parametrize("option", ["", ", rms", ", x_bias", ", recompute", ", float32 sum"])
+@pytest.mark.parametrize(
+    "option", ["1024x768", "1024x192, rms", "1024x192, x_bias", "1024x192, recompute", "1024x192, float32 sum"]
+)
 def test_add_norm_moves_its_least_forward_and_backward(passes, option):
     """All launches of a pass together, the partial sums of parameters' gradients and their second reading included."""
     for direction in ("forward", "backward"):
-        p = passes[f"add_norm 1024x768{option}, {direction}"]
+        p = passes[f"add_norm {option}, {direction}"]
         ratio = sum(launch.asked for launch in p.launches) / p.least
         assert ratio <= (1.05 if "x_bias" not in option else 1.08), f"{p.name}: {ratio:.3f}"
 
@@ -129,9 +131,8 @@ def test_add_norm_moves_its_least_forward_and_backward(passes, option):
 def test_rows_wider_than_registers_ask_for_some_tensors_twice(passes):
     """Forward the sum, backward the sum and the upstream gradient; docs/add_norm.md says why."""
     for direction, limit in (("forward", 1.35), ("backward", 1.75)):
-        p = passes[f"add_norm 32x32768, {direction}"]
+        p = passes[f"add_norm 16x20000, {direction}"]
         ratio = sum(launch.once for launch in p.launches) / p.least
-        print(p.name, ratio, sum(launch.asked for launch in p.launches) / p.least)
         assert ratio <= limit, f"{p.name}: {ratio:.3f}"
 
 
