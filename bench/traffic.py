@@ -135,6 +135,8 @@ def count_traffic() -> Iterator[list[Traffic]]:
     def init_args(self: Any, args: Any, kwargs: Any, original: Any = executor._init_args_hst) -> Any:
         host, host_kwargs = original(self, args, kwargs)
         named = dict(zip(self.arg_names, host, strict=False)) | host_kwargs
+        tuples = {k: v for k, v in named.items() if isinstance(v, (tuple, list))}
+        named |= {f"{k}[{i}]": part for k, parts in tuples.items() for i, part in enumerate(parts)}
         launches.append(Traffic(self.fn.__name__))
         counters.append(_Counter(launches[-1], {k: v for k, v in named.items() if isinstance(v, Tensor)}))
         return host, host_kwargs
