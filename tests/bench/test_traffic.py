@@ -130,7 +130,7 @@ def test_add_norm_moves_its_least_forward_and_backward(passes, option):
 
 def test_rows_wider_than_registers_ask_for_some_tensors_twice(passes):
     """Forward the sum, backward the sum and the upstream gradient; docs/add_norm.md says why."""
-    for direction, limit in (("forward", 1.35), ("backward", 1.75)):
+    for direction, limit in (("forward", 1.35), ("backward", 1.85)):  # 5/3, and partial sums of so few rows
         p = passes[f"add_norm 16x20000, {direction}"]
         ratio = sum(launch.once for launch in p.launches) / p.least
         assert ratio <= limit, f"{p.name}: {ratio:.3f}"
