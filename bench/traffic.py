@@ -135,6 +135,8 @@ def count_traffic() -> Iterator[list[Traffic]]:
     def init_args(self: Any, args: Any, kwargs: Any, original: Any = executor._init_args_hst) -> Any:
         host, host_kwargs = original(self, args, kwargs)
         named = dict(zip(self.arg_names, host, strict=False)) | host_kwargs
+        tuples = {k: v for k, v in named.items() if isinstance(v, (tuple, list))}
+        named |= {f"{k}[{i}]": part for k, parts in tuples.items() for i, part in enumerate(parts)}
         launches.append(Traffic(self.fn.__name__))
         counters.append(_Counter(launches[-1], {k: v for k, v in named.items() if isinstance(v, Tensor)}))
         return host, host_kwargs
@@ -195,6 +197,18 @@ CASES: dict[str, _Call] = {
     "attention 2x2x256x64": (attention, [(2, 2, 256, 64)] * 3),
     "attention 1x2x256x64, causal": (lambda q, k, v: attention(q, k, v, is_causal=True), [(1, 2, 256, 64)] * 3),
     "add_norm 512x256": (add_norm, [(512, 256), (512, 256), (256,), (256,)]),
+    "add_norm 1024x768": (add_norm, [(1024, 768), (1024, 768), (768,), (768,)]),
+    "add_norm 1024x192, rms": (lambda *t: add_norm(*t, norm="rms"), [(1024, 192), (1024, 192), (192,)]),
+    "add_norm 1024x192, x_bias": (
+        lambda x, r, w, b, x_bias: add_norm(x, r, w, b, x_bias=x_bias), [(1024, 192), (1024, 192), *[(192,)] * 3],
+    ),
+    "add_norm 1024x192, recompute": (
+        lambda *t: add_norm(*t, recompute=True), [(1024, 192), (1024, 192), (192,), (192,)],
+    ),
+    "add_norm 1024x192, float32 sum": (
+        lambda *t: add_norm(*t, residual_in_fp32=True), [(1024, 192), (1024, 192), (192,), (192,)],
+    ),
+    "add_norm 16x20000": (add_norm, [(16, 20000), (16, 20000), (20000,), (20000,)]),
     "add_norm 512x1024, dropout": (
         lambda *t: add_norm(*t, dropout_p=0.1), [(512, 1024), (512, 1024), (1024,), (1024,)],
     ),

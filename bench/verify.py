@@ -102,6 +102,15 @@ def _options() -> Iterator[tuple[str, str, Callable[..., Tensor], list[tuple[int
     yield "add_norm", "no weight or bias", lambda x, r: add_norm(x, r, None, None), rows[:2], torch.float16
     both = lambda *t: torch.cat(add_norm(*t, return_sum=True))  # noqa: E731
     yield "add_norm", "return_sum", both, rows, torch.float16
+    norms: dict[str, dict[str, Any]] = {
+        "rms": {"norm": "rms"}, "no eps": {"eps": 0.0}, "float32 sum": {"residual_in_fp32": True},
+        "zero-centred weight": {"zero_centered_weight": True}, "recompute": {"recompute": True, "dropout_p": 0.2},
+    }  # fmt: skip
+    for name, arguments in norms.items():
+        yield "add_norm", name, functools.partial(add_norm, **arguments), rows, torch.float16
+    biased = lambda x, r, w, b, x_bias: add_norm(x, r, w, b, x_bias=x_bias, dropout_p=0.2)  # noqa: E731
+    yield "add_norm", "x_bias, dropout", biased, [*rows, (100,)], torch.float16
+    yield "add_norm", "width 20000", add_norm, [(3, 20000), (3, 20000), (20000,), (20000,)], torch.float16
     yield "add_norm", "width 2050", add_norm, [(9, 2050), (9, 2050), (2050,), (2050,)], torch.float16
 
     block: list[tuple[int, ...]] = [(75, 48), (100, 48), (100,), (40, 100), (40,)]
@@ -110,8 +119,8 @@ def _options() -> Iterator[tuple[str, str, Callable[..., Tensor], list[tuple[int
     variants: dict[str, dict[str, Any]] = {
         "gelu_tanh": {"activation": "gelu_tanh"}, "relu": {"activation": "relu"}, "dropout": {"dropout_p": 0.2},
     }  # fmt: skip
-    for name, options in variants.items():
-        yield "ffn", name, functools.partial(ffn, **options), block, torch.float16
+    for name, arguments in variants.items():
+        yield "ffn", name, functools.partial(ffn, **arguments), block, torch.float16
     yield "ffn", "no bias", lambda x, w1, w2: ffn(x, w1, None, w2, None), [block[0], block[1], block[3]], torch.float16
 
 

@@ -66,11 +66,23 @@ def _calls() -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[int, ...]]
     yield "float16 head 64 packed, window, 4 heads share a key head", packed, [(800, 8, 64), *[(800, 2, 64)] * 2], HALF
     yield "float16 head 80", attention, [(2, 4, 512, 80)] * 3, HALF
 
-    for dtype, width in [(t, w) for t in (HALF, FLOAT) for w in (64, 384, 768, 1024, 4096, 8192, 16384)]:
-        shapes: list[tuple[int, ...]] = [(4096, width), (4096, width), (width,), (width,)]
-        yield f"{_name(dtype)} width {width}", add_norm, shapes, dtype
-    dropped = functools.partial(add_norm, dropout_p=0.1)
-    yield "float16 width 1024 dropout", dropped, [(4096, 1024), (4096, 1024), (1024,), (1024,)], HALF
+    def rows(width: int) -> list[tuple[int, ...]]:
+        return [(4096, width), (4096, width), (width,), (width,)]
+
+    for width in (64, 384, 768, 1024, 4096, 8192, 16384, 32768, 65536):
+        yield f"float16 width {width}", add_norm, rows(width), HALF
+    for width in (64, 768, 8192, 16384, 65536):
+        yield f"float32 width {width}", add_norm, rows(width), FLOAT
+    for width in (768, 8192):
+        yield f"bfloat16 width {width}", add_norm, rows(width), BRAIN
+    yield "float16 width 1000", add_norm, rows(1000), HALF
+    yield "float16 width 1024 rms", functools.partial(add_norm, norm="rms"), rows(1024), HALF
+    yield "float16 width 1024 dropout", functools.partial(add_norm, dropout_p=0.1), rows(1024), HALF
+    for width in (1024, 8192):
+        everything = functools.partial(_biased_add_norm, dropout_p=0.1, recompute=True)
+        yield f"float16 width {width} x_bias, dropout, recompute", everything, [*rows(width), (width,)], HALF
+    stream = functools.partial(_streamed_add_norm, norm="rms", zero_centered_weight=True)
+    yield "float16 width 1024 rms, float32 residual", stream, rows(1024)[:3], HALF
 
     block: list[tuple[int, ...]] = [(4096, 768), (3072, 768), (3072,), (768, 3072), (768,)]
     for dtype in (HALF, BRAIN, FLOAT):
@@ -80,6 +92,16 @@ def _calls() -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[int, ...]]
     }  # fmt: skip
     for option, arguments in activations.items():
         yield f"float16 {option}", functools.partial(ffn, **arguments), block, HALF
+
+
+def _biased_add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor, **options: Any) -> Any:
+    return add_norm(x, residual, weight, bias, x_bias=x_bias, **options)
+
+
+def _streamed_add_norm(x: Tensor, residual: Tensor, weight: Tensor, **options: Any) -> Any:
+    """Beside a float32 residual stream, which here leaves as it came, so that its gradient is one more input."""
+    out, total = add_norm(x, residual.float(), weight, return_sum=True, **options)
+    return torch.cat([out, total.to(out.dtype)])
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""add_norm backward: one pass over the rows, one reduction of the weight gradients, and their launcher."""
+"""add_norm backward: one pass over the rows, for wide rows a pass for their means before it, and the launcher."""
 
 from __future__ import annotations
 
@@ -8,126 +8,305 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import dropout, launch
-from ..common.triton_blocks import dropout_keep
-from .triton_forward import as_rows, block_shape
+from ..common.column_sums import ColumnSums
+from ..common.triton_blocks import dropout_keep, load_block
+from .arguments import Gradients, Options, Wanted
+from .triton_blocks import (
+    Shape,
+    as_rows,
+    first_chunk,
+    lanes,
+    load_columns,
+    load_sum,
+    load_weight,
+    row_shape,
+    smallest_item,
+    statistics,
+    store_block,
+    unit_of,
+)
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_program"])
+@triton.jit(do_not_specialize=["stride_do", "stride_ds", "stride_x", "stride_r", "rows", "width", "rows_per_program"])
 def add_norm_backward_kernel(
-    dout_ptr, dsum_ptr, z_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, dx_ptr, dz_ptr, partial_ptr,
-    stride_do, stride_ds, stride_z, rows, width, rows_per_program, dropout_threshold, keep_scale,
-    HAS_DSUM: tl.constexpr, HAS_WEIGHT: tl.constexpr, DROPOUT: tl.constexpr, WEIGHT_GRADIENTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dout_ptr, dsum_ptr, x_ptr, residual_ptr, weight_ptr, x_bias_ptr, mean_ptr, rstd_ptr, seed_ptr, g_ptr, gx_ptr,
+    dx_ptr, dz_ptr, dweight_ptr, dbias_ptr, dx_bias_ptr,
+    stride_do, stride_ds, stride_x, stride_r, rows, width, rows_per_program, dropout_threshold, keep_scale,
+    RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, FLOAT32_SUM: tl.constexpr, RECOMPUTE: tl.constexpr,
+    UNIT: tl.constexpr, EVEN: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # One program walks over rows_per_program neighbouring rows, BLOCK_M at a time. It reads dout and the saved
-    # sum z once, writes the gradients of residual and x, and keeps its share of the weight gradients in
-    # registers until the end, when it writes it as one row of `partial`: nothing is shared between programs.
+    # One program walks over rows_per_program neighbouring rows, BLOCK_M at a time, each CHUNKS pieces of BLOCK_N
+    # columns in registers. It reads dout and the saved sum z once (with RECOMPUTE x and residual, and forms z again),
+    # writes the gradients of residual (dz) and x, and keeps its share of the parameters' gradients in registers until
+    # the end, when it writes it as one row of each partial matrix: nothing is shared between programs. Pointers that
+    # are None are not there, and what only they need is not computed; `width` and strides are in units of UNIT.
     #   xhat = (z - mean) * rstd    g = dout * weight
     #   dz = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum      dx = dropout(dz)
     #   dweight = sum over rows of dout * xhat      dbias = sum over rows of dout     (Ba et al., 2016)
+    #   dx_bias = sum over rows of dx.   RMSNorm: mean = 0 and no mean(g)     (Zhang and Sennrich, 2019)
+    # Where `gx_ptr` is given the means over a row are known, and a program takes only a part of the columns.
+    width = width * UNIT
+    PARTS: tl.constexpr = gx_ptr is not None
+    NEED_DZ: tl.constexpr = dz_ptr is not None or dx_ptr is not None or dx_bias_ptr is not None
+    NEED_XHAT: tl.constexpr = NEED_DZ or dweight_ptr is not None
+    ROWS: tl.constexpr = BLOCK_M > 1
     program = tl.program_id(0).to(tl.int64)
-    offs_n = tl.arange(0, BLOCK_N)
-    column_ok = (offs_n < width)[None, :]
-    weight = tl.full((1, BLOCK_N), 1.0, tl.float32)
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + offs_n, mask=offs_n < width, other=0.0).to(tl.float32)[None, :]
-    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    column = tl.program_id(1) * (CHUNKS * BLOCK_N)
+    weights, x_biases, column_oks, dweights, dbiases, dx_biases = (), (), (), (), (), ()
+    for i in tl.static_range(CHUNKS):
+        offset = column + i * BLOCK_N
+        if weight_ptr is not None:
+            weights = weights + (
+                load_weight(weight_ptr, offset, width, ZERO_CENTERED, not EVEN and (PARTS or i == CHUNKS - 1), BLOCK_N),
+            )
+        if x_bias_ptr is not None:
+            x_biases = x_biases + (
+                load_columns(x_bias_ptr, offset, width, not EVEN and (PARTS or i == CHUNKS - 1), BLOCK_N),
+            )
+        column_oks = column_oks + ((offset + tl.arange(0, BLOCK_N) < width)[None, :],)
+        dweights = dweights + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
+        dbiases = dbiases + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
+        dx_biases = dx_biases + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
     first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     for start in range(first, last, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         row_ok = offs_m < last
-        inside = row_ok[:, None] & column_ok
-        mean = tl.load(mean_ptr + offs_m, mask=row_ok, other=0.0)[:, None]
-        rstd = tl.load(rstd_ptr + offs_m, mask=row_ok, other=0.0)[:, None]
-        z = tl.load(z_ptr + offs_m[:, None] * stride_z + offs_n[None, :], mask=inside, other=0.0).to(tl.float32)
-        dout = tl.load(dout_ptr + offs_m[:, None] * stride_do + offs_n[None, :], mask=inside, other=0.0).to(tl.float32)
-        xhat = tl.where(inside, (z - mean) * rstd, 0.0)
-        if WEIGHT_GRADIENTS:
-            dweight += dout * xhat
-            dbias += dout
-        g = dout * weight
-        mean_g = tl.sum(g, 1)[:, None] / width
-        mean_gx = tl.sum(g * xhat, 1)[:, None] / width
-        dz = rstd * (g - mean_g - xhat * mean_gx)
-        if HAS_DSUM:
-            ds_ptrs = dsum_ptr + offs_m[:, None] * stride_ds + offs_n[None, :]
-            dz += tl.load(ds_ptrs, mask=inside, other=0.0).to(tl.float32)
-        offsets = offs_m[:, None] * width + offs_n[None, :]
-        tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=inside)
-        if DROPOUT:
-            keep = dropout_keep(tl.load(seed_ptr), offs_m, 0, dropout_threshold, BLOCK_N)
-            dx = tl.where(keep, dz * keep_scale, 0.0)
-            tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    if WEIGHT_GRADIENTS:
-        row = partial_ptr + program * 2 * width + offs_n
-        tl.store(row, tl.sum(dweight, 0), mask=offs_n < width)
-        tl.store(row + width, tl.sum(dbias, 0), mask=offs_n < width)
+        inside = row_ok[:, None]
+        if NEED_XHAT:
+            rstd = tl.load(rstd_ptr + offs_m, mask=row_ok, other=0.0)[:, None]
+            if not RMS:
+                shift = -tl.load(mean_ptr + offs_m, mask=row_ok, other=0.0)[:, None] * rstd
+        sum_g, sum_gx = None, None
+        keeps, xhats, gs, new_dweights, new_dbiases, new_dx_biases = (), (), (), (), (), ()
+        for i in tl.static_range(CHUNKS):
+            offset = column + i * BLOCK_N
+            do_ptrs = first_chunk(dout_ptr, offs_m, stride_do, UNIT, BLOCK_N) + offset
+            dout = load_block(do_ptrs, inside, column_oks[i], ROWS, not EVEN and (PARTS or i == CHUNKS - 1)).to(
+                tl.float32
+            )
+            if NEED_XHAT:
+                keep, x_bias, r_ptrs = None, None, None
+                if RECOMPUTE and seed_ptr is not None:
+                    keep = dropout_keep(tl.load(seed_ptr), offs_m, offset, dropout_threshold, BLOCK_N)
+                    keeps = keeps + (keep,)
+                if x_bias_ptr is not None:
+                    x_bias = x_biases[i]
+                if residual_ptr is not None:
+                    r_ptrs = first_chunk(residual_ptr, offs_m, stride_r, UNIT, BLOCK_N) + offset
+                x_ptrs = first_chunk(x_ptr, offs_m, stride_x, UNIT, BLOCK_N) + offset
+                xhat = load_sum(
+                    x_ptrs,
+                    r_ptrs,
+                    x_bias,
+                    keep,
+                    keep_scale,
+                    inside,
+                    column_oks[i],
+                    FLOAT32_SUM,
+                    ROWS,
+                    not EVEN and (PARTS or i == CHUNKS - 1),
+                )
+                # One multiply-add; its error is that of the mean's own rounding.
+                if RMS:
+                    xhat *= rstd
+                else:
+                    xhat = xhat * rstd + shift
+                xhats = xhats + (xhat,)
+            # Outside the row dout is 0, and so is all that is summed.
+            if dweight_ptr is not None:
+                new_dweights = new_dweights + (dweights[i] + dout * xhat,)
+            if dbias_ptr is not None:
+                new_dbiases = new_dbiases + (dbiases[i] + dout,)
+            if weight_ptr is not None:
+                dout *= weights[i]
+            gs = gs + (dout,)
+            if NEED_DZ and not PARTS:
+                sum_gx = dout * xhat if i == 0 else sum_gx + dout * xhat
+                if not RMS:
+                    sum_g = dout if i == 0 else sum_g + dout
+        if dweight_ptr is not None:
+            dweights = new_dweights
+        if dbias_ptr is not None:
+            dbiases = new_dbiases
+        if NEED_DZ:
+            # The factors of xhat and 1 in dz, so that an element costs two multiply-adds.
+            if PARTS:
+                minus_gx = -tl.load(gx_ptr + offs_m, mask=row_ok, other=0.0)[:, None] * rstd
+            else:
+                minus_gx = -rstd * (tl.sum(sum_gx, 1)[:, None] / width)
+            if not RMS:
+                if PARTS:
+                    minus_g = -tl.load(g_ptr + offs_m, mask=row_ok, other=0.0)[:, None] * rstd
+                else:
+                    minus_g = -rstd * (tl.sum(sum_g, 1)[:, None] / width)
+            for i in tl.static_range(CHUNKS):
+                offset = column + i * BLOCK_N
+                if RMS:
+                    dz = gs[i] * rstd + xhats[i] * minus_gx
+                else:
+                    dz = gs[i] * rstd + (xhats[i] * minus_gx + minus_g)
+                if dsum_ptr is not None:
+                    ds_ptrs = first_chunk(dsum_ptr, offs_m, stride_ds, UNIT, BLOCK_N) + offset
+                    dz += load_block(ds_ptrs, inside, column_oks[i], ROWS, not EVEN and (PARTS or i == CHUNKS - 1)).to(
+                        tl.float32
+                    )
+                if dz_ptr is not None:
+                    ptrs = first_chunk(dz_ptr, offs_m, width, 1, BLOCK_N) + offset
+                    store_block(ptrs, dz, inside, column_oks[i], ROWS, not EVEN and (PARTS or i == CHUNKS - 1))
+                if dx_ptr is not None or dx_bias_ptr is not None:
+                    if seed_ptr is not None:
+                        if RECOMPUTE:
+                            keep = keeps[i]
+                        else:
+                            keep = dropout_keep(tl.load(seed_ptr), offs_m, offset, dropout_threshold, BLOCK_N)
+                        dz = tl.where(keep, dz * keep_scale, 0.0)
+                    if dx_ptr is not None:
+                        ptrs = first_chunk(dx_ptr, offs_m, width, 1, BLOCK_N) + offset
+                        store_block(ptrs, dz, inside, column_oks[i], ROWS, not EVEN and (PARTS or i == CHUNKS - 1))
+                    if dx_bias_ptr is not None:
+                        # Beyond the last row rstd is 0, so that nothing is added.
+                        new_dx_biases = new_dx_biases + (dx_biases[i] + dz,)
+            if dx_bias_ptr is not None:
+                dx_biases = new_dx_biases
+    for i in tl.static_range(CHUNKS):
+        offset = column + i * BLOCK_N
+        if dweight_ptr is not None:
+            store_share(
+                dweight_ptr, program, offset, width, dweights[i], not EVEN and (PARTS or i == CHUNKS - 1), BLOCK_N
+            )
+        if dbias_ptr is not None:
+            store_share(dbias_ptr, program, offset, width, dbiases[i], not EVEN and (PARTS or i == CHUNKS - 1), BLOCK_N)
+        if dx_bias_ptr is not None:
+            store_share(
+                dx_bias_ptr, program, offset, width, dx_biases[i], not EVEN and (PARTS or i == CHUNKS - 1), BLOCK_N
+            )
 
 
-@triton.jit(do_not_specialize=["programs"])
-def weight_gradient_kernel(
-    partial_ptr, dweight_ptr, dbias_ptr, programs, width,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+@triton.jit
+def store_share(ptr, program, first_column, width, share, CHECK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A piece of a program's row of a partial matrix."""
+    offs_n = first_column + tl.arange(0, BLOCK_N)
+    store_block(ptr + program * width + offs_n, tl.sum(share, 0), True, offs_n < width, False, CHECK)
+
+
+@triton.jit(do_not_specialize=["stride_do", "stride_x", "stride_r", "width"])
+def add_norm_row_means_kernel(
+    dout_ptr, x_ptr, residual_ptr, weight_ptr, x_bias_ptr, mean_ptr, rstd_ptr, seed_ptr, g_ptr, gx_ptr,
+    stride_do, stride_x, stride_r, width, dropout_threshold, keep_scale,
+    RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, FLOAT32_SUM: tl.constexpr, RECOMPUTE: tl.constexpr,
+    UNIT: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # One program sums BLOCK_N columns of the partial weight gradients over all programs, always in the same order.
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    dweight = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    dbias = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for start in range(0, programs, BLOCK_P):
-        offs_p = start + tl.arange(0, BLOCK_P)
-        inside = (offs_p < programs)[:, None] & (offs_n < width)[None, :]
-        ptrs = partial_ptr + offs_p.to(tl.int64)[:, None] * 2 * width + offs_n[None, :]
-        if HAS_WEIGHT:
-            dweight += tl.load(ptrs, mask=inside, other=0.0)
-        if HAS_BIAS:
-            dbias += tl.load(ptrs + width, mask=inside, other=0.0)
-    if HAS_WEIGHT:
-        tl.store(dweight_ptr + offs_n, tl.sum(dweight, 0).to(dweight_ptr.dtype.element_ty), mask=offs_n < width)
-    if HAS_BIAS:
-        tl.store(dbias_ptr + offs_n, tl.sum(dbias, 0).to(dbias_ptr.dtype.element_ty), mask=offs_n < width)
+    # One program walks over the columns of one row and writes mean(g) and mean(g * xhat), g = dout * weight: it reads
+    # dout and the sum once. For rows that registers do not hold together with their parameters' gradients.
+    width = width * UNIT
+    offs_m = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    rstd = tl.load(rstd_ptr + offs_m)[:, None]
+    if not RMS:
+        mean = tl.load(mean_ptr + offs_m)[:, None]
+    sum_g = tl.zeros((1, BLOCK_N), tl.float32)
+    sum_gx = tl.zeros((1, BLOCK_N), tl.float32)
+    for start in range(0, width, BLOCK_N):
+        column_ok = start + columns < width
+        g = load_block(
+            first_chunk(dout_ptr, offs_m, stride_do, UNIT, BLOCK_N) + start, True, column_ok, False, not EVEN
+        ).to(tl.float32)
+        if weight_ptr is not None:
+            g *= load_weight(weight_ptr, start, width, ZERO_CENTERED, not EVEN, BLOCK_N)
+        keep, x_bias, r_ptrs = None, None, None
+        if RECOMPUTE and seed_ptr is not None:
+            keep = dropout_keep(tl.load(seed_ptr), offs_m, start, dropout_threshold, BLOCK_N)
+        if x_bias_ptr is not None:
+            x_bias = load_columns(x_bias_ptr, start, width, not EVEN, BLOCK_N)
+        if residual_ptr is not None:
+            r_ptrs = first_chunk(residual_ptr, offs_m, stride_r, UNIT, BLOCK_N) + start
+        xhat = load_sum(
+            first_chunk(x_ptr, offs_m, stride_x, UNIT, BLOCK_N) + start,
+            r_ptrs, x_bias, keep, keep_scale, True, column_ok, FLOAT32_SUM, False, not EVEN,
+        )  # fmt: skip
+        if not RMS:
+            xhat -= mean
+            sum_g += g
+        sum_gx += g * (xhat * rstd)
+    tl.store(gx_ptr + offs_m, tl.sum(sum_gx, 1) / width)
+    if not RMS:
+        tl.store(g_ptr + offs_m, tl.sum(sum_g, 1) / width)
 
 
+# Beyond it a row, its parameters and their gradients do not fit into registers; sooner with more of them.
+MAX_WIDTH_IN_REGISTERS = 8192
+MAX_WIDTH_WITH_X_BIAS = 4096
+_WIDE_BLOCK, _WIDE_WARPS = 4096, 8  # of the pass for the means
 # A program takes at least this many rows, so that the partial sums stay a small part of the traffic.
 _LEAST_ROWS = 16
-_PROGRAMS_PER_UNIT = 2
+_WARPS_PER_UNIT = 16
 
 
 def add_norm_backward(
-    dout: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
-    seed: Tensor | None, dropout_p: float, needs_dweight: bool, needs_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Launch both kernels: dx, dresidual (the same tensor without dropout), dweight, dbias."""
-    flat_do, flat_z = as_rows(dout), as_rows(total)
-    flat_ds = flat_do if dsum is None else as_rows(dsum)
-    rows, width = flat_z.shape
-    dz = torch.empty(total.shape, dtype=total.dtype, device=total.device)
-    dx = torch.empty_like(dz) if seed is not None else dz
-    dweight = torch.empty(width, dtype=total.dtype, device=total.device) if needs_dweight else None
-    dbias = torch.empty(width, dtype=total.dtype, device=total.device) if needs_dbias else None
-    if dz.numel() == 0:
-        return dx, dz, None if dweight is None else dweight.zero_(), None if dbias is None else dbias.zero_()
-    weight_gradients = needs_dweight or needs_dbias
-    block_m, block_n, num_warps = block_shape(width)
-    most = _PROGRAMS_PER_UNIT * launch.compute_units(total.device.index)
-    rows_per_program = max(_LEAST_ROWS, triton.cdiv(triton.cdiv(rows, most), block_m) * block_m)
+    dout: Tensor, dsum: Tensor | None, x: Tensor, residual: Tensor | None, x_bias: Tensor | None,
+    weight: Tensor | None, mean: Tensor | None, rstd: Tensor, seed: Tensor | None, options: Options, recompute: bool,
+    wanted: Wanted, sums: ColumnSums,
+) -> Gradients:  # fmt: skip
+    """Launch the pass over the rows: dx, dresidual (dx itself without dropout and in one dtype), dweight, dbias and
+    dx_bias, the last three filled when `sums` is launched. `x` is the saved sum, `residual` and `x_bias` None; with
+    `recompute` they are what the sum is formed of again."""
+    flat_do, flat_x = as_rows(dout), as_rows(x)
+    flat_ds, flat_r = (None if t is None else as_rows(t) for t in (dsum, residual))
+    rows, width = flat_x.shape
+    device = x.device
+    shared = seed is None and wanted.x == wanted.residual
+    dz, dx = (
+        None if dtype is None else torch.empty(x.shape, dtype=dtype, device=device)
+        for dtype in (wanted.residual, None if shared else wanted.x)
+    )  # fmt: skip
+    dtypes = (wanted.weight, wanted.bias, wanted.x_bias)
+    if dout.numel() == 0:
+        zeros = (None if dtype is None else torch.zeros(width, dtype=dtype, device=device) for dtype in dtypes)
+        return dz if shared else dx, dz, *zeros
+    per_chunk = smallest_item(flat_do, flat_x, flat_r)
+    warp = lanes(device.index)
+    many = wanted.x_bias is not None or (recompute and seed is not None)
+    parts = width > (MAX_WIDTH_WITH_X_BIAS if many else MAX_WIDTH_IN_REGISTERS)
+    # A part of a wide row: 16 elements a thread.
+    shape = Shape(1, 4 * warp * (16 // per_chunk), per_chunk, 4) if parts else row_shape(width, per_chunk, warp)
+    most = max(1, _WARPS_PER_UNIT // shape.num_warps) * launch.compute_units(device.index)
+    column_blocks = triton.cdiv(width, shape.columns) if parts else 1
+    rows_per_program = triton.cdiv(triton.cdiv(rows * column_blocks, most), shape.block_m) * shape.block_m
+    rows_per_program = max(_LEAST_ROWS, rows_per_program)
     programs = triton.cdiv(rows, rows_per_program)
-    partial = torch.empty((programs, 2, width), dtype=torch.float32, device=total.device) if weight_gradients else dz
-    with launch.on_device_of(total):
-        add_norm_backward_kernel[(programs,)](
-            flat_do, flat_ds, flat_z, dz if weight is None else weight.contiguous(), mean, rstd,
-            dz if seed is None else seed, dx, dz, partial,
-            flat_do.stride(0), flat_ds.stride(0), flat_z.stride(0), rows, width, rows_per_program,
-            dropout.threshold(dropout_p), dropout.keep_scale(dropout_p),
-            HAS_DSUM=dsum is not None, HAS_WEIGHT=weight is not None, DROPOUT=seed is not None,
-            WEIGHT_GRADIENTS=weight_gradients, BLOCK_M=block_m, BLOCK_N=block_n,
-            num_warps=num_warps, **launch.COMPILE_OPTIONS,
-        )  # fmt: skip
-        if weight_gradients:
-            weight_gradient_kernel[(triton.cdiv(width, 64),)](
-                partial, partial if dweight is None else dweight, partial if dbias is None else dbias, programs, width,
-                HAS_WEIGHT=needs_dweight, HAS_BIAS=needs_dbias, BLOCK_P=32, BLOCK_N=64,
-                **launch.COMPILE_OPTIONS,
+    partials = [
+        None if dtype is None else torch.empty((programs, width), dtype=torch.float32, device=device)
+        for dtype in dtypes
+    ]  # fmt: skip
+    strides = [0 if t is None else t.stride(0) for t in (flat_do, flat_ds, flat_x, flat_r)]
+    unit = unit_of(width, *strides)
+    units = [stride // unit for stride in strides]
+    weight, x_bias = (None if t is None else t.contiguous() for t in (weight, x_bias))
+    numbers = (dropout.threshold(options.dropout_p), dropout.keep_scale(options.dropout_p))
+    switches = {
+        "RMS": options.rms, "ZERO_CENTERED": options.zero_centered, "RECOMPUTE": recompute, "UNIT": unit,
+        "FLOAT32_SUM": options.float32_sum or not recompute,  # a saved sum is as it was rounded
+    }  # fmt: skip
+    mean_g = statistics(x, rows) if parts and not options.rms else None
+    mean_gx = statistics(x, rows) if parts else None
+    need_dz = dz is not None or dx is not None or wanted.x_bias is not None
+    with launch.on_device_of(x):
+        if parts and need_dz:
+            add_norm_row_means_kernel[(rows,)](
+                flat_do, flat_x, flat_r, weight, x_bias, mean, rstd, seed, mean_g, mean_gx,
+                units[0], units[2], units[3], width // unit, *numbers, **switches, EVEN=width % _WIDE_BLOCK == 0,
+                BLOCK_N=_WIDE_BLOCK, num_warps=_WIDE_WARPS * 32 // warp, **launch.COMPILE_OPTIONS,
             )  # fmt: skip
-    return dx, dz, dweight, dbias
+        if need_dz or any(partial is not None for partial in partials):
+            add_norm_backward_kernel[(programs, column_blocks)](
+                flat_do, flat_ds, flat_x, flat_r, weight, x_bias, mean, rstd, seed, mean_g, mean_gx, dx, dz, *partials,
+                *units, rows, width // unit, rows_per_program, *numbers, **switches,
+                EVEN=width % shape.columns == 0, CHUNKS=shape.chunks, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
+                num_warps=shape.num_warps, **launch.COMPILE_OPTIONS,
+            )  # fmt: skip
+    summed = (
+        None if partial is None or dtype is None else sums.add(partial, dtype)
+        for partial, dtype in zip(partials, dtypes, strict=True)
+    )  # fmt: skip
+    return dz if shared else dx, dz, *summed

@@ -1,4 +1,4 @@
-"""add_norm forward: one kernel and its launcher."""
+"""add_norm forward: a kernel for rows that fit in registers, one for wider rows, and their launcher."""
 
 from __future__ import annotations
 
@@ -7,109 +7,236 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import checks, dropout, launch
+from ..common import dropout, launch
 from ..common.triton_blocks import dropout_keep
+from .arguments import Options, sum_dtype
+from .triton_blocks import (
+    as_rows,
+    check_width,
+    first_chunk,
+    lanes,
+    load_columns,
+    load_sum,
+    load_weight,
+    reciprocal_deviation,
+    row_shape,
+    smallest_item,
+    statistics,
+    store_block,
+    unit_of,
+)
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_program"])
+@triton.jit(do_not_specialize=["stride_x", "stride_r", "rows", "width", "rows_per_program"])
 def add_norm_forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, out_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, out_ptr, sum_ptr, mean_ptr, rstd_ptr,
     stride_x, stride_r, rows, width, rows_per_program, eps, dropout_threshold, keep_scale,
-    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    STORE_SUM: tl.constexpr, STORE_STATISTICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, FLOAT32_SUM: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # One program walks over rows_per_program neighbouring rows, BLOCK_M whole rows at a time in registers. It reads
-    # x and residual once and writes the result once (and the sum and two statistics per row where they are needed
-    # later); weight and bias are read once a program.
-    #   z = residual + dropout(x)    out = (z - mean) * rstd * weight + bias    rstd = 1 / sqrt(var + eps)
-    # The variance is the mean square of the centred row: no cancellation (Ba et al., 2016, equation 3).
-    offs_n = tl.arange(0, BLOCK_N)
-    column_ok = offs_n < width
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + offs_n, mask=column_ok, other=0.0)[None, :]
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_n, mask=column_ok, other=0.0)[None, :]
+    # One program walks over rows_per_program neighbouring rows, BLOCK_M whole rows at a time, each CHUNKS pieces of
+    # BLOCK_N columns in registers. It reads x and residual once and writes the result once (and the sum and one or
+    # two statistics per row where they are needed later); parameters are read once a program. Pointers that are None
+    # are not there; `width` and strides are in units of UNIT elements.
+    #   z = residual + dropout(x + x_bias)    out = (z - mean) * rstd * weight + bias    rstd = 1 / sqrt(var + eps)
+    # The variance is the mean square of the centred row: no cancellation (Ba et al., 2016, equation 3). RMSNorm has
+    # mean 0 instead (Zhang and Sennrich, 2019, equation 4).
+    width = width * UNIT
+    weights, biases, x_biases = (), (), ()
+    for i in tl.static_range(CHUNKS):
+        if weight_ptr is not None:
+            weights = weights + (
+                load_weight(weight_ptr, i * BLOCK_N, width, ZERO_CENTERED, not EVEN and i == CHUNKS - 1, BLOCK_N),
+            )
+        if bias_ptr is not None:
+            biases = biases + (load_columns(bias_ptr, i * BLOCK_N, width, not EVEN and i == CHUNKS - 1, BLOCK_N),)
+        if x_bias_ptr is not None:
+            x_biases = x_biases + (load_columns(x_bias_ptr, i * BLOCK_N, width, not EVEN and i == CHUNKS - 1, BLOCK_N),)
+    last_ok = ((CHUNKS - 1) * BLOCK_N + tl.arange(0, BLOCK_N) < width)[None, :]
+    ROWS: tl.constexpr = BLOCK_M > 1
     first = tl.program_id(0).to(tl.int64) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     for start in range(first, last, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
-        row_ok = offs_m < last
-        inside = row_ok[:, None] & column_ok[None, :]
-        z = tl.load(x_ptr + offs_m[:, None] * stride_x + offs_n[None, :], mask=inside, other=0.0).to(tl.float32)
-        if DROPOUT:
-            keep = dropout_keep(tl.load(seed_ptr), offs_m, 0, dropout_threshold, BLOCK_N)
-            z = tl.where(keep, z * keep_scale, 0.0)
-        if HAS_RESIDUAL:
-            r_ptrs = residual_ptr + offs_m[:, None] * stride_r + offs_n[None, :]
-            z += tl.load(r_ptrs, mask=inside, other=0.0).to(tl.float32)
-        # As the sum is stored: the backward pass reads it back, and a row that is constant then must be so now.
-        z = z.to(out_ptr.dtype.element_ty).to(tl.float32)  # [BM, BN]
-        offsets = offs_m[:, None] * width + offs_n[None, :]
-        if STORE_SUM:
-            tl.store(sum_ptr + offsets, z.to(sum_ptr.dtype.element_ty), mask=inside)
+        row_ok = (offs_m < last)[:, None]
+        x_ptrs = first_chunk(x_ptr, offs_m, stride_x, UNIT, BLOCK_N)
+        row, total, squares = (), None, None
+        for i in tl.static_range(CHUNKS):
+            keep, x_bias, r_ptrs = None, None, None
+            if seed_ptr is not None:
+                keep = dropout_keep(tl.load(seed_ptr), offs_m, i * BLOCK_N, dropout_threshold, BLOCK_N)
+            if x_bias_ptr is not None:
+                x_bias = x_biases[i]
+            if residual_ptr is not None:
+                r_ptrs = first_chunk(residual_ptr, offs_m, stride_r, UNIT, BLOCK_N) + i * BLOCK_N
+            z = load_sum(
+                x_ptrs + i * BLOCK_N,
+                r_ptrs,
+                x_bias,
+                keep,
+                keep_scale,
+                row_ok,
+                last_ok,
+                FLOAT32_SUM,
+                ROWS,
+                not EVEN and i == CHUNKS - 1,
+            )
+            if sum_ptr is not None:
+                ptrs = first_chunk(sum_ptr, offs_m, width, 1, BLOCK_N) + i * BLOCK_N
+                store_block(ptrs, z, row_ok, last_ok, ROWS, not EVEN and i == CHUNKS - 1)
+            row = row + (z,)  # [BM, BN]
+            term = z * z if RMS else z
+            total = term if i == 0 else total + term
+        if RMS:
+            rstd = reciprocal_deviation(tl.sum(total, 1) / width, eps)
+        else:
+            mean = tl.sum(total, 1) / width
+            centred = ()
+            for i in tl.static_range(CHUNKS):
+                z = row[i] - mean[:, None]
+                if not EVEN and i == CHUNKS - 1:
+                    z = tl.where(last_ok, z, 0.0)
+                centred = centred + (z,)
+                squares = z * z if i == 0 else squares + z * z
+            row = centred
+            rstd = reciprocal_deviation(tl.sum(squares, 1) / width, eps)
+        out_ptrs = first_chunk(out_ptr, offs_m, width, 1, BLOCK_N)
+        for i in tl.static_range(CHUNKS):
+            out = row[i] * rstd[:, None]
+            if weight_ptr is not None:
+                out *= weights[i]
+            if bias_ptr is not None:
+                out += biases[i]
+            store_block(out_ptrs + i * BLOCK_N, out, row_ok, last_ok, ROWS, not EVEN and i == CHUNKS - 1)
+        if rstd_ptr is not None:
+            tl.store(rstd_ptr + offs_m, rstd, mask=offs_m < last)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + offs_m, mean, mask=offs_m < last)
 
-        mean = tl.sum(z, 1) / width
-        centred = tl.where(column_ok[None, :], z - mean[:, None], 0.0)
-        rstd = tl.math.rsqrt(tl.sum(centred * centred, 1) / width + eps)
-        out = centred * rstd[:, None]
-        if HAS_WEIGHT:
-            out *= weight.to(tl.float32)
-        if HAS_BIAS:
-            out += bias.to(tl.float32)
-        tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
-        if STORE_STATISTICS:
-            tl.store(mean_ptr + offs_m, mean, mask=row_ok)
-            tl.store(rstd_ptr + offs_m, rstd, mask=row_ok)
+
+@triton.jit(do_not_specialize=["stride_x", "stride_r", "rows", "width"])
+def add_norm_wide_forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, out_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    stride_x, stride_r, rows, width, eps, dropout_threshold, keep_scale,
+    RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, FLOAT32_SUM: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # The same for rows that registers do not hold. One program takes one row and walks over its columns twice: once
+    # for the statistics, once for the result, when it reads the row again, from the L2 cache (the sum where that is
+    # stored, else x and residual). Each lane keeps the mean and the squared deviations of its own columns (Welford,
+    # "Note on a method for calculating corrected sums of squares", 1962); in the end they are merged (Chan et al.,
+    # "Updating formulae and a pairwise algorithm for computing sample variances", 1979): no cancellation.
+    width = width * UNIT
+    offs_m = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    row_ok = (offs_m < rows)[:, None]
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    x_ptrs = first_chunk(x_ptr, offs_m, stride_x, UNIT, BLOCK_N)
+    out_ptrs = first_chunk(out_ptr, offs_m, width, 1, BLOCK_N)
+    lane_mean = tl.zeros((1, BLOCK_N), tl.float32)
+    squares = tl.zeros((1, BLOCK_N), tl.float32)
+    seen = 0.0
+    for start in range(0, width, BLOCK_N):
+        column_ok = start + columns < width
+        keep, x_bias, r_ptrs = None, None, None
+        if seed_ptr is not None:
+            keep = dropout_keep(tl.load(seed_ptr), offs_m, start, dropout_threshold, BLOCK_N)
+        if x_bias_ptr is not None:
+            x_bias = load_columns(x_bias_ptr, start, width, not EVEN, BLOCK_N)
+        if residual_ptr is not None:
+            r_ptrs = first_chunk(residual_ptr, offs_m, stride_r, UNIT, BLOCK_N) + start
+        z = load_sum(x_ptrs + start, r_ptrs, x_bias, keep, keep_scale, row_ok, column_ok, FLOAT32_SUM, False, not EVEN)
+        if sum_ptr is not None:
+            store_block(first_chunk(sum_ptr, offs_m, width, 1, BLOCK_N) + start, z, row_ok, column_ok, False, not EVEN)
+        if RMS:
+            squares += tl.where(column_ok, z * z, 0.0) if not EVEN else z * z
+        else:
+            seen += 1.0
+            deviation = z - lane_mean
+            if not EVEN:
+                deviation = tl.where(column_ok, deviation, 0.0)
+            lane_mean += deviation / seen
+            squares += deviation * (z - lane_mean)
+    mean = tl.zeros((1,), tl.float32)
+    if not RMS:
+        count = tl.where(columns < width - (seen - 1.0) * BLOCK_N, seen, seen - 1.0)
+        mean = tl.sum(lane_mean * count, 1) / width
+        apart = lane_mean - mean[:, None]
+        squares += count * apart * apart
+    rstd = reciprocal_deviation(tl.sum(squares, 1) / width, eps)
+    if rstd_ptr is not None:
+        tl.store(rstd_ptr + offs_m, rstd)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + offs_m, mean)
+    tl.debug_barrier()  # the sum may be read back by other threads than wrote it
+    for start in range(0, width, BLOCK_N):
+        column_ok = start + columns < width
+        if sum_ptr is not None:
+            ptrs = first_chunk(sum_ptr, offs_m, width, 1, BLOCK_N) + start
+            z = load_sum(ptrs, None, None, None, 1.0, row_ok, column_ok, True, False, not EVEN)
+        else:
+            keep, x_bias, r_ptrs = None, None, None
+            if seed_ptr is not None:
+                keep = dropout_keep(tl.load(seed_ptr), offs_m, start, dropout_threshold, BLOCK_N)
+            if x_bias_ptr is not None:
+                x_bias = load_columns(x_bias_ptr, start, width, not EVEN, BLOCK_N)
+            if residual_ptr is not None:
+                r_ptrs = first_chunk(residual_ptr, offs_m, stride_r, UNIT, BLOCK_N) + start
+            z = load_sum(
+                x_ptrs + start, r_ptrs, x_bias, keep, keep_scale, row_ok, column_ok, FLOAT32_SUM, False, not EVEN
+            )
+        out = (z - mean[:, None]) * rstd[:, None]
+        if weight_ptr is not None:
+            out *= load_weight(weight_ptr, start, width, ZERO_CENTERED, not EVEN, BLOCK_N)
+        if bias_ptr is not None:
+            out += load_columns(bias_ptr, start, width, not EVEN, BLOCK_N)
+        store_block(out_ptrs + start, out, row_ok, column_ok, False, not EVEN)
 
 
-# Enough programs to fill every unit with warps; with more rows than that each program takes more of them.
-_PROGRAMS_PER_UNIT = 8
-
-
-MAX_WIDTH = 16384
-
-
-def block_shape(width: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's block, and its warps: about 8 elements of each row array a thread, up to 32."""
-    block_n = max(16, launch.power_of_2(width))
-    block_m = max(1, 1024 // block_n)
-    return block_m, block_n, min(max(block_m * block_n // 256, 4), 16)
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """`x` as ``[rows, width]`` with unit column stride; a view unless its memory order forbids."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+# With more than a plain sum in flight registers hold less of a row.
+MAX_WIDTH_IN_REGISTERS = 16384
+MAX_WIDTH_WITH_DROPOUT = 8192
+_WIDE_BLOCK, _WIDE_WARPS = 4096, 16
+_PROGRAMS_PER_UNIT = 8  # fill every unit with warps; with more rows than that each program takes more of them
 
 
 def add_norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-    dropout_p: float, eps: float, store_sum: bool, store_statistics: bool,
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, x_bias: Tensor | None,
+    seed: Tensor | None, options: Options, store_sum: bool, store_statistics: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Launch the kernel: the output, and where asked for the sum, the means and the reciprocal deviations."""
-    if x.shape[-1] > MAX_WIDTH:
-        checks.fail_value("x", f"a width of at most {MAX_WIDTH} on the kernels", x)
+    """Launch a kernel: the output, and where asked for the sum, the means (of LayerNorm) and reciprocal deviations."""
+    check_width(x)
     flat_x = as_rows(x)
     rows, width = flat_x.shape
-    flat_r = flat_x if residual is None else as_rows(residual)
+    flat_r = None if residual is None else as_rows(residual)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = torch.empty_like(out) if store_sum else None
-    mean = torch.empty(rows, dtype=torch.float32, device=x.device) if store_statistics else None
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device) if store_statistics else None
+    total = torch.empty(x.shape, dtype=sum_dtype(x, options), device=x.device) if store_sum else None
+    mean = statistics(x, rows) if store_statistics and not options.rms else None
+    rstd = statistics(x, rows) if store_statistics else None
     if out.numel() == 0:
         return out, total, mean, rstd
-    block_m, block_n, num_warps = block_shape(width)
-    most = _PROGRAMS_PER_UNIT * launch.compute_units(x.device.index)
-    rows_per_program = triton.cdiv(triton.cdiv(rows, most), block_m) * block_m
+    stride_x, stride_r = flat_x.stride(0), 0 if flat_r is None else flat_r.stride(0)
+    unit = unit_of(width, stride_x, stride_r)
+    weight, bias, x_bias = (None if t is None else t.contiguous() for t in (weight, bias, x_bias))
+    tensors = (flat_x, flat_r, weight, bias, x_bias, seed, out, total, mean, rstd)
+    sizes = (stride_x // unit, stride_r // unit, rows, width // unit)
+    numbers = (options.eps, dropout.threshold(options.dropout_p), dropout.keep_scale(options.dropout_p))
+    switches = {
+        "RMS": options.rms, "ZERO_CENTERED": options.zero_centered, "FLOAT32_SUM": options.float32_sum, "UNIT": unit,
+    }  # fmt: skip
     with launch.on_device_of(x):
+        plain = seed is None and x_bias is None
+        if width > (MAX_WIDTH_IN_REGISTERS if plain else MAX_WIDTH_WITH_DROPOUT):
+            add_norm_wide_forward_kernel[(rows,)](
+                *tensors, *sizes, *numbers, **switches, EVEN=width % _WIDE_BLOCK == 0, BLOCK_N=_WIDE_BLOCK,
+                num_warps=_WIDE_WARPS * 32 // lanes(x.device.index), **launch.COMPILE_OPTIONS,
+            )  # fmt: skip
+            return out, total, mean, rstd
+        shape = row_shape(width, smallest_item(flat_x, flat_r), lanes(x.device.index))
+        most = _PROGRAMS_PER_UNIT * launch.compute_units(x.device.index)
+        rows_per_program = triton.cdiv(triton.cdiv(rows, most), shape.block_m) * shape.block_m
         add_norm_forward_kernel[(triton.cdiv(rows, rows_per_program),)](
-            flat_x, flat_r, out if weight is None else weight.contiguous(), out if bias is None else bias.contiguous(),
-            out if seed is None else seed, out, out if total is None else total,
-            out if mean is None else mean, out if rstd is None else rstd,
-            flat_x.stride(0), flat_r.stride(0), rows, width, rows_per_program, eps,
-            dropout.threshold(dropout_p), dropout.keep_scale(dropout_p),
-            HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-            DROPOUT=seed is not None, STORE_SUM=store_sum, STORE_STATISTICS=store_statistics,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **launch.COMPILE_OPTIONS,
+            *tensors, *sizes, rows_per_program, *numbers, **switches, EVEN=width == shape.columns,
+            CHUNKS=shape.chunks, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, num_warps=shape.num_warps,
+            **launch.COMPILE_OPTIONS,
         )  # fmt: skip
     return out, total, mean, rstd

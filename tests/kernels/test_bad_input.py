@@ -185,6 +185,14 @@ def test_attention_weights(queries):
         ((X, X, W.double()), {}, TypeError, "weight"),
         ((X, X, W, W[:3]), {}, ValueError, "bias"),
         ((X, X, W, W.to("meta")), {}, ValueError, "bias"),
+        ((X, X, W), {"x_bias": W[:3]}, ValueError, "x_bias"),
+        ((X, X, W), {"x_bias": W.half()}, TypeError, "x_bias"),
+        ((X, X, W), {"x_bias": 1.0}, TypeError, "x_bias"),
+        ((X.half(), X.double(), None), {}, TypeError, "residual"),
+        ((X.half(), X.bfloat16(), None), {}, TypeError, "residual"),
+        ((X.half(), None, W.bfloat16()), {}, TypeError, "weight"),
+        ((X, X, W), {"norm": "batch"}, ValueError, "norm"),
+        ((X, X, W), {"norm": None}, ValueError, "norm"),
         ((X, X, W), {"eps": -1.0}, ValueError, "eps"),
         ((X, X, W), {"eps": "1"}, ValueError, "eps"),
         ((X, X, W), {"dropout_p": 2}, ValueError, "dropout_p"),
@@ -224,6 +232,11 @@ def test_unknown_activation_lists_the_known_ones():
         ffn(X, W1, None, W2, None, activation="swish")
 
 
+def test_unknown_norm_lists_the_known_ones():
+    with pytest.raises(ValueError, match="layer, rms"):
+        add_norm(X, X, W, norm="batch")
+
+
 def test_float64_runs_eager():
     assert attention(Q.double(), Q.double(), Q.double()).dtype == torch.float64
     assert last_backend() == "eager"
@@ -247,8 +260,8 @@ def test_kernels_refuse_what_they_cannot_do(device, backend):
         return
     with pytest.raises(ValueError, match="at most 256"):
         attention(*[torch.randn(1, 1, 3, 300, device=device)] * 3)
-    with pytest.raises(ValueError, match="at most 16384"):
-        add_norm(torch.randn(2, 20000, device=device), None, None)
+    with pytest.raises(ValueError, match="at most 65536"):
+        add_norm(torch.randn(1, 65537, device=device), None, None)
 
 
 @pytest.mark.kernel

@@ -63,6 +63,11 @@ CALLS = {
     "attention": (attention, [(2, 2, 19, 24), (2, 2, 33, 24), (2, 2, 33, 40)]),
     "causal attention": (lambda q, k, v: attention(q, k, v, is_causal=True), [(1, 2, 33, 16)] * 3),
     "add_norm": (add_norm, [(7, 100), (7, 100), (100,), (100,)]),
+    "add_norm, every option": (
+        lambda x, r, w, b, x_bias: add_norm(x, r, w, b, x_bias=x_bias, norm="rms", dropout_p=0.2, recompute=True),
+        [(7, 200), (7, 200), (200,), (200,), (200,)],
+    ),
+    "add_norm, wide": (add_norm, [(3, 20001), (3, 20001), (20001,), (20001,)]),
     "ffn": (ffn, [(33, 24), (70, 24), (70,), (20, 70), (20,)]),
 }
 
@@ -94,9 +99,18 @@ def far(t: torch.Tensor) -> torch.Tensor:
     return view
 
 
-def test_rows_beyond_2_to_the_31_elements():
-    x, residual, weight, bias = (torch.randn(shape).half() for shape in ((2, 40), (2, 40), (40,), (40,)))
-    assert torch.equal(add_norm(far(x), far(residual), weight, bias), add_norm(x, residual, weight, bias))
+@pytest.mark.parametrize("width", [40, 16400])
+def test_rows_beyond_2_to_the_31_elements(width):
+    """Forward, and backward with an upstream gradient as far, that forms its sum of x and residual again."""
+    shapes = ((2, width), (2, width), (width,), (width,))
+    x, residual, weight, bias = (torch.randn(shape).half() for shape in shapes)
+    upstream = torch.randn(2, width).half()
+    results = []
+    for place in (far, lambda t: t):
+        leaves = [place(x).requires_grad_(), place(residual).requires_grad_(), weight.requires_grad_(), bias]
+        out = add_norm(*leaves, recompute=True)
+        results.append([out, *torch.autograd.grad(out, leaves[:3], place(upstream))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_batches_beyond_2_to_the_31_elements():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fusenc.kernels import BlockMask, add_norm, alibi_slopes, attention, attention_varlen, attention_weights, ffn
+from fusenc.kernels.add_norm.arguments import Options as AddNormOptions
 from fusenc.kernels.add_norm.op import add_norm_operator
 from fusenc.kernels.attention.arguments import Inputs, Options
 from fusenc.kernels.attention.op import attention_operator
@@ -45,11 +46,17 @@ ATTENTION = {
         seqlens_k=torch.tensor([0, 4, 11], dtype=torch.int32), attn_mask=randn(2, 1, 5, 7),
     ),
 }  # fmt: skip
+NUMBERS = (0.0, 1e-5, False, False, False)  # dropout_p, eps, rms, zero_centered, float32_sum
 ADD_NORM = {
-    "full": (randn(4, 6), randn(4, 6), randn(6), randn(6), None, 0.0, 1e-5, True),
-    "plain norm": (randn(4, 6), None, randn(6), None, None, 0.0, 1e-5, True),
-    "dropout": (randn(2, 4, 6), randn(2, 4, 6), randn(6), randn(6), SEED, 0.3, 1e-5, True),
-}
+    "full": (randn(4, 6), randn(4, 6), randn(6), randn(6), None, None, *NUMBERS, True, True, False),
+    "plain norm": (randn(4, 6), None, randn(6), None, None, None, *NUMBERS, True, True, False),
+    "dropout": (
+        randn(2, 4, 6), randn(2, 4, 6), randn(6), randn(6), randn(6), SEED, 0.3, *NUMBERS[1:], False, True, False,
+    ),
+    "recompute": (
+        randn(4, 6), randn(4, 6), randn(6), randn(6), randn(6), SEED, 0.3, 1e-5, True, True, True, False, True, True,
+    ),
+}  # fmt: skip
 FFN = {
     "full": (randn(2, 4, 6), randn(10, 6), randn(10), randn(6, 10), randn(6), None, 0.0, "gelu", True),
     "no bias": (randn(4, 6), randn(10, 6), None, randn(3, 10), None, None, 0.0, "relu", True),
@@ -74,7 +81,9 @@ def test_opcheck_ffn(case):
 
 def test_opcheck_inference():
     with torch.no_grad():
-        torch.library.opcheck(add_norm_operator, (*ADD_NORM["full"][:-1], False), test_utils="test_faketensor")
+        torch.library.opcheck(
+            add_norm_operator, (*ADD_NORM["full"][:-3], False, False, False), test_utils="test_faketensor"
+        )
         torch.library.opcheck(ffn_operator, (*FFN["full"][:-1], False), test_utils="test_faketensor")
 
 
@@ -111,6 +120,13 @@ CALLS = {
     "add_norm": (
         lambda x, r, w, b: add_norm(x, r, w, b, dropout_p=0.2, return_sum=True), [(4, 6), (4, 6), (6,), (6,)],
     ),
+    "add_norm, everything": (
+        lambda x, r, w, b, xb: add_norm(
+            x, r, w, b, x_bias=xb, norm="rms", dropout_p=0.2, zero_centered_weight=True, recompute=True,
+            return_sum=True, eps=0.0,
+        ),
+        [(4, 6), (4, 6), (6,), (6,), (6,)],
+    ),
     "ffn": (lambda *t: ffn(*t, dropout_p=0.2), [(4, 6), (10, 6), (10,), (3, 10), (3,)]),
     "ffn, relu": (lambda *t: ffn(*t, activation="relu"), [(4, 6), (10, 6), (10,), (3, 10), (3,)]),
 }  # fmt: skip
@@ -142,7 +158,7 @@ def test_backward_formula_agrees_with_autograd(operator):
 
     eager = {
         "attention": lambda *a: attention_eager.attention(Inputs(*a[:14]), Options(*a[14:-1]))[0],
-        "add_norm": lambda *a: add_norm_eager.add_norm(*a[:-1])[0],
+        "add_norm": lambda *a: add_norm_eager.add_norm(*a[:6], AddNormOptions(*a[6:11]))[0],
         "ffn": lambda *a: ffn_eager.ffn(*a[:-1])[0],
     }[operator]
     for arguments in cases.values():
@@ -226,6 +242,28 @@ def test_autocast(dtype):
         assert normed.dtype == torch.float32
     torch.testing.assert_close(normed, torch.nn.functional.layer_norm(x.to(dtype) + x, (8,), w, b))
     assert attention(q, q, q).dtype == torch.float32
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_add_norm_compiles_with_every_option(recompute, residual_dtype):
+    def block(x, residual, weight, x_bias):
+        return add_norm(
+            x, residual, weight, x_bias=x_bias, norm="rms", zero_centered_weight=True, residual_in_fp32=True,
+            return_sum=True, recompute=recompute,
+        )  # fmt: skip
+
+    inputs = [randn(5, 8, dtype=torch.bfloat16), randn(5, 8, dtype=residual_dtype), randn(8), randn(8)]
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    outputs = [compiled(*inputs), block(*inputs)]
+    for got, expected in zip(*outputs, strict=True):
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected)
+    upstream = [torch.randn_like(t) for t in outputs[0]]
+    grads = [torch.autograd.grad(out, inputs, upstream) for out in outputs]
+    for got, expected in zip(*grads, strict=True):
+        # bfloat16 with different roundings on the way: eager autograd's against the formula's.
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_meta_tensors_give_shapes_without_memory():
