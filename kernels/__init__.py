@@ -16,7 +16,7 @@ from .attention import (
     t5_relative_bias,
 )
 from .common.backend import get_backend, last_backend, set_backend, use_backend
-from .ffn import ffn
+from .ffn import ffn, linear_act
 
 __all__ = [
     "BlockMask",
@@ -29,6 +29,7 @@ __all__ = [
     "ffn",
     "get_backend",
     "last_backend",
+    "linear_act",
     "sdpa_replacement",
     "set_backend",
     "t5_relative_bias",
