@@ -37,22 +37,23 @@ def ffn(
 
     Args:
         x: ``[..., d_model]``, float32, float16, bfloat16 or float64, any strides.
-        weight1: ``[d_hidden, d_model]`` as in `nn.Linear`, dtype and device of `x`; gated ``[2 * d_hidden, d_model]``.
+        weight1: ``[d_hidden, d_model]`` as in `nn.Linear`, gated ``[2 * d_hidden, d_model]``; dtype, device of `x`.
         bias1: ``[d_hidden]``, gated ``[2 * d_hidden]``, or None.
         weight2: ``[d_out, d_hidden]``.
         bias2: ``[d_out]`` or None.
         activation: ``"gelu"`` (exact, by erf), ``"gelu_tanh"`` (``F.gelu(approximate="tanh")``), ``"quick_gelu"``
-            (``x * sigmoid(1.702 * x)``), ``"relu"``, ``"silu"`` or ``"relu2"`` (squared ReLU: So et al., "Primer", 2021).
-        gated: the hidden layer is ``activation(gate) * up``, where gate is the first half of ``linear1(x)`` and up the
-            second: GEGLU, SwiGLU, ReGLU (Shazeer, "GLU variants improve Transformer", 2020).
+            (``x * sigmoid(1.702 * x)``), ``"relu"``, ``"silu"`` or ``"relu2"`` (squared ReLU: So et al.,
+            "Primer", 2021).
+        gated: the hidden layer is ``activation(gate) * up``, where gate is the first half of ``linear1(x)`` and up
+            the second: GEGLU, SwiGLU, ReGLU (Shazeer, "GLU variants improve Transformer", 2020).
         dropout_p: probability in [0, 1] with which a hidden activation is dropped.
         out_dropout_p: likewise for an element of ``linear2``.
         residual: ``[..., d_out]``, dtype of `x` or float32, added at the end, or None.
         training: dropout applies only if True.
-        recompute: what the backward pass computes again instead of keeping. In elements of `x` per token kept besides `x`:
+        recompute: what the backward pass computes again instead of keeping. In elements per token kept besides `x`:
             False: pre-activation and activation, ``2 * d_hidden`` (gated ``3 * d_hidden``); ``"activation"``: the
-            pre-activation, ``d_hidden`` (gated ``2 * d_hidden``), and no time but one more store; True: nothing, at the
-            price of the first product.
+            pre-activation, ``d_hidden`` (gated ``2 * d_hidden``), at the price of one more store; True: nothing, at
+            the price of the first product.
         fused: True or False forces the products with or without an epilogue; None chooses.
 
     Returns:
@@ -61,8 +62,8 @@ def ffn(
 
     Raises:
         TypeError: an argument that is no floating tensor, or of another dtype than `x`.
-        ValueError: shapes or devices that do not fit, an odd first dimension of a gated `weight1`, an unknown activation or
-            `recompute`, a probability outside [0, 1].
+        ValueError: shapes or devices that do not fit, an odd first dimension of a gated `weight1`, an unknown
+            activation or `recompute`, a probability outside [0, 1].
 
     Example:
         >>> import torch, fusenc
@@ -143,13 +144,13 @@ def linear_act(
         fused: as in `ffn`.
 
     Returns:
-        ``[..., d_out]`` in the dtype of `x` (under autocast, in its dtype); differentiable, once on the kernels and with
-        `recompute`.
+        ``[..., d_out]`` in the dtype of `x` (under autocast, in its dtype); differentiable, once on the kernels and
+        with `recompute`.
 
     Raises:
         TypeError: an argument that is no floating tensor, or of another dtype than `x`.
-        ValueError: shapes or devices that do not fit, an odd first dimension of a gated `weight`, an unknown activation,
-            `dropout_p` outside [0, 1].
+        ValueError: shapes or devices that do not fit, an odd first dimension of a gated `weight`, an unknown
+            activation, `dropout_p` outside [0, 1].
 
     Example:
         >>> import torch, fusenc

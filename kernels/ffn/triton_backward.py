@@ -147,8 +147,8 @@ def output_gradient_kernel(
     SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # The gradient of the second product from that of residual + dropout(product): one program walks over
-    # rows_per_program rows of BLOCK_N columns, reads dout once, writes dropout(dout) once and its sums over rows, a share
-    # of the second bias's gradient, at the end.
+    # rows_per_program rows of BLOCK_N columns, reads dout once, writes dropout(dout) once and its sums over rows, a
+    # share of the second bias's gradient, at the end.
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = offs_n < columns
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -256,7 +256,7 @@ def hidden_gradient(
         return result[0], result[1], result[2]
     dhidden = torch.empty_like(hidden)
     activated = torch.empty((rows, columns), dtype=hidden.dtype, device=hidden.device) if needs_activated else None
-    config = configs.BACKWARD.choose(dout, gated, seed is not None or needs_activated)
+    config = configs.BACKWARD.choose(dout, gated or seed is not None or needs_activated)
     blocks_m = triton.cdiv(rows, config.block_m)
     partial = dhidden
     if needs_dbias:
@@ -270,7 +270,8 @@ def hidden_gradient(
             SUMS=needs_dbias, EVEN_N=columns % config.block_n == 0, EVEN_K=inner % config.block_k == 0,
             INPUT_PRECISION=launch.input_precision(dout),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=configs.GROUP_M,
-            HALVINGS=config.halvings, num_warps=config.num_warps, num_stages=config.num_stages, **launch.COMPILE_OPTIONS,
+            HALVINGS=config.halvings, num_warps=config.num_warps, num_stages=config.num_stages,
+            **launch.COMPILE_OPTIONS,
         )  # fmt: skip
     return dhidden, sums.add(partial, dout.dtype) if needs_dbias else None, activated
 

@@ -100,13 +100,13 @@ def product_block(
 
 @triton.jit
 def column_parts(x, HALVINGS: tl.constexpr):
-    """A block's columns in 2**HALVINGS neighbouring parts, so that an epilogue has fewer values in registers at once."""
+    """A block's columns in 2**HALVINGS neighbouring parts: an epilogue then has fewer values in registers at once."""
     parts = (x,)
     for _ in tl.static_range(HALVINGS):
         halves = ()
         for i in tl.static_range(len(parts)):
             part = parts[i]
             low, high = tl.split(part.reshape(part.shape[0], 2, part.shape[1] // 2).permute(0, 2, 1))
-            halves = halves + (low, high)
+            halves = halves + (low, high)  # noqa: RUF005 (Triton has no unpacking)
         parts = halves
     return parts

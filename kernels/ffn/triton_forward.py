@@ -1,4 +1,4 @@
-"""The feed-forward block's forward kernels: products with an epilogue, the same epilogues alone, and their launchers."""
+"""The feed-forward block's forward kernels: products with an epilogue, the epilogues alone, and their launchers."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _launch_product(
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
     any_out = out if out is not None else hidden
     assert any_out is not None
-    config = configs.FORWARD.choose(x, gated, seed is not None)
+    config = configs.FORWARD.choose(x, gated)
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)
     with launch.on_device_of(x):
         linear_act_kernel[grid](
@@ -173,7 +173,8 @@ def _launch_product(
             EVEN_N=columns % config.block_n == 0, EVEN_K=inner % config.block_k == 0,
             INPUT_PRECISION=launch.input_precision(x),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=configs.GROUP_M,
-            HALVINGS=config.halvings, num_warps=config.num_warps, num_stages=config.num_stages, **launch.COMPILE_OPTIONS,
+            HALVINGS=config.halvings, num_warps=config.num_warps, num_stages=config.num_stages,
+            **launch.COMPILE_OPTIONS,
         )  # fmt: skip
 
 
