@@ -59,7 +59,7 @@ FORWARD = Table(
         (2, False): Config(128, 128, 32, 8, 2, 2),
         (2, True): Config(128, 64, 32, 8, 2, 1),
         (4, False): Config(64, 64, 32, 4, 2),
-        (4, True): Config(64, 32, 32, 4, 2),
+        (4, True): Config(64, 32, 16, 4, 2),
     },
     ampere={(2, False): Config(128, 256, 64, 8, 3, 3), (2, True): Config(128, 64, 64, 8, 3, 1)},
     ada={(2, False): Config(128, 128, 64, 8, 3, 2), (2, True): Config(128, 64, 64, 8, 3, 1)},
