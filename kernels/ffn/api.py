@@ -88,7 +88,7 @@ def ffn(
             or (bias1 is not None and (bias1.shape != (width,) or bias1.dtype is not dtype or bias1.device != device))
             or (bias2 is not None and (bias2.shape != (d_out,) or bias2.dtype is not dtype or bias2.device != device))
             or (residual is not None and (
-                (checks.differ(residual.shape, (*x.shape[:-1], d_out)) if torch.compiler.is_compiling()
+                (checks.differ(residual.shape, torch.Size((*x.shape[:-1], d_out))) if torch.compiler.is_compiling()
                  else residual.shape != (*x.shape[:-1], d_out)) or residual.device != device
                 or not (residual.dtype is dtype or (residual.dtype is torch.float32 and dtype in _NARROW))))
             or dtype not in checks.DTYPES or activation not in eager.ACTIVATIONS or recompute not in op.RECOMPUTE

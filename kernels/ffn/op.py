@@ -129,7 +129,7 @@ class FeedForward(torch.autograd.Function):
     @operator.first_derivative
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needs = ctx.needs_input_grad
-        grads = backward(dout, *ctx.saved_tensors, *ctx.options, list(needs[:5]))
+        grads = backward(dout, *ctx.saved_tensors, *ctx.options, list(needs[:5]))  # type: ignore[call-arg]
         return (*grads, dout if needs[5] else None, *[None] * 8)
 
 
@@ -153,7 +153,7 @@ class LinearAct(torch.autograd.Function):
     @staticmethod
     @operator.first_derivative
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grads = linear_act_backward(dout, *ctx.saved_tensors, *ctx.options, list(ctx.needs_input_grad[:3]))
+        grads = linear_act_backward(dout, *ctx.saved_tensors, *ctx.options, list(ctx.needs_input_grad[:3]))  # type: ignore[call-arg]
         return (*grads, *[None] * 6)
 
 

@@ -107,6 +107,6 @@ def column_parts(x, HALVINGS: tl.constexpr):
         for i in tl.static_range(len(parts)):
             part = parts[i]
             low, high = tl.split(part.reshape(part.shape[0], 2, part.shape[1] // 2).permute(0, 2, 1))
-            halves = halves + (low, high)  # noqa: RUF005 (Triton has no unpacking)
-        parts = halves
+            halves = halves + (low, high)  # type: ignore[assignment] # noqa: RUF005 (Triton has no unpacking)
+        parts = halves  # type: ignore[assignment]
     return parts
