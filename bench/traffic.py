@@ -213,6 +213,13 @@ CASES: dict[str, _Call] = {
         lambda *t: add_norm(*t, dropout_p=0.1), [(512, 1024), (512, 1024), (1024,), (1024,)],
     ),
     "ffn 256x128x512": (ffn, [(256, 128), (512, 128), (512,), (128, 512), (128,)]),
+    "ffn 256x128x512, gated": (
+        lambda *t: ffn(*t, activation="silu", gated=True), [(256, 128), (1024, 128), (1024,), (128, 512), (128,)],
+    ),
+    "ffn 256x128x512, unfused": (
+        lambda *t: ffn(*t[:5], residual=t[5], dropout_p=0.1, out_dropout_p=0.1, recompute="activation", fused=False),
+        [(256, 128), (512, 128), (512,), (128, 512), (128,), (256, 128)],
+    ),
 }  # fmt: skip
 
 

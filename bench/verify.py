@@ -18,7 +18,7 @@ from typing import Any
 
 import fusenc
 import torch
-from fusenc.kernels import BlockMask, add_norm, alibi_slopes, attention, attention_varlen, ffn
+from fusenc.kernels import BlockMask, add_norm, alibi_slopes, attention, attention_varlen, ffn, linear_act
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -118,9 +118,20 @@ def _options() -> Iterator[tuple[str, str, Callable[..., Tensor], list[tuple[int
         yield "ffn", str(dtype).removeprefix("torch."), ffn, block, dtype
     variants: dict[str, dict[str, Any]] = {
         "gelu_tanh": {"activation": "gelu_tanh"}, "relu": {"activation": "relu"}, "dropout": {"dropout_p": 0.2},
+        "quick_gelu": {"activation": "quick_gelu"}, "relu2": {"activation": "relu2"},
+        "silu, recompute": {"activation": "silu", "recompute": True},
     }  # fmt: skip
     for name, arguments in variants.items():
         yield "ffn", name, functools.partial(ffn, **arguments), block, torch.float16
+    pairs: list[tuple[int, ...]] = [(75, 48), (200, 48), (200,), (40, 100), (40,), (75, 40)]
+    for fused in (True, False):
+
+        def added(*t: Tensor, fused: bool = fused) -> Tensor:
+            rates = {"dropout_p": 0.2, "out_dropout_p": 0.2}
+            return ffn(*t[:5], residual=t[5], gated=True, recompute="activation", fused=fused, **rates)  # type: ignore[arg-type]
+
+        yield "ffn", f"gated, residual, dropouts, {'fused' if fused else 'unfused'}", added, pairs, torch.float16
+    yield "linear_act", "dropout", lambda *t: linear_act(*t, dropout_p=0.2), block[:3], torch.float16
     yield "ffn", "no bias", lambda x, w1, w2: ffn(x, w1, None, w2, None), [block[0], block[1], block[3]], torch.float16
 
 

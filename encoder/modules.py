@@ -53,6 +53,8 @@ def activation_name(activation: Callable[..., Any]) -> str | None:
         return "relu"
     if activation is F.gelu:
         return "gelu"
+    if activation is F.silu or type(activation) is nn.SiLU:
+        return "silu"
     if type(activation) is nn.GELU:
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
     return None

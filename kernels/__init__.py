@@ -17,7 +17,7 @@ from .attention import (
 )
 from .common.backend import get_backend, last_backend, set_backend, use_backend
 from .encoder_layer import LayerWeights, encoder_layer
-from .ffn import ffn
+from .ffn import ffn, linear_act
 
 __all__ = [
     "BlockMask",
@@ -32,6 +32,7 @@ __all__ = [
     "ffn",
     "get_backend",
     "last_backend",
+    "linear_act",
     "sdpa_replacement",
     "set_backend",
     "t5_relative_bias",

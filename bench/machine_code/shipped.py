@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fusenc.kernels import BlockMask, add_norm, attention, attention_varlen, ffn
+from fusenc.kernels import BlockMask, add_norm, attention, attention_varlen, ffn, linear_act
 from torch import Tensor
 
 from .compiling import Launch, record_launches
@@ -31,6 +31,10 @@ class Unit:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _inference(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *inputs: call(*(t.detach() for t in inputs))
 
 
 def _calls() -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[int, ...]], torch.dtype]]:
@@ -86,12 +90,32 @@ def _calls() -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[int, ...]]
 
     block: list[tuple[int, ...]] = [(4096, 768), (3072, 768), (3072,), (768, 3072), (768,)]
     for dtype in (HALF, BRAIN, FLOAT):
-        yield f"{_name(dtype)} gelu", ffn, block, dtype
-    activations: dict[str, dict[str, Any]] = {
-        "gelu_tanh": {"activation": "gelu_tanh"}, "relu": {"activation": "relu"}, "gelu dropout": {"dropout_p": 0.1},
+        yield f"{_name(dtype)} gelu", functools.partial(ffn, fused=True), block, dtype
+        with_inference = functools.partial(linear_act, fused=True)
+        yield f"{_name(dtype)} gelu, inference", _inference(with_inference), block[:3], dtype
+    variants: dict[str, dict[str, Any]] = {
+        "gelu_tanh": {"activation": "gelu_tanh"}, "relu": {"activation": "relu"}, "silu": {"activation": "silu"},
+        "quick_gelu": {"activation": "quick_gelu"}, "relu2": {"activation": "relu2"},
+        "gelu recompute": {"recompute": True}, "gelu dropout": {"dropout_p": 0.1},
+        "gelu dropout recompute": {"dropout_p": 0.1, "recompute": "activation"},
     }  # fmt: skip
-    for option, arguments in activations.items():
-        yield f"float16 {option}", functools.partial(ffn, **arguments), block, HALF
+    pairs: list[tuple[int, ...]] = [(4096, 768), (6144, 768), (6144,), *block[3:]]
+    residual: list[tuple[int, ...]] = [*block, (4096, 768)]
+    for fused in (True, False):
+        way = "" if fused else " unfused"
+        for option, arguments in variants.items():
+            yield f"float16 {option}{way}", functools.partial(ffn, fused=fused, **arguments), block, HALF
+        for dtype in (HALF, FLOAT):
+            gated = functools.partial(ffn, fused=fused, gated=True, activation="silu")
+            yield f"{_name(dtype)} gated{way}", gated, pairs, dtype
+            dropped = functools.partial(gated, dropout_p=0.1, recompute="activation")
+            yield f"{_name(dtype)} gated dropout recompute{way}", dropped, pairs, dtype
+
+            def added(*t: Tensor, fused: bool = fused) -> Tensor:
+                return ffn(*t[:5], dropout_p=0.1, out_dropout_p=0.1, residual=t[5], fused=fused)
+
+            yield f"{_name(dtype)} residual, both dropouts{way}", added, residual, dtype
+    yield "float16 linear_act", linear_act, block[:3], HALF
 
 
 def _biased_add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor, **options: Any) -> Any:
@@ -113,7 +137,8 @@ def units(arch: str) -> tuple[Unit, ...]:
         inputs = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes]
         with record_launches(arch) as launches:
             out = call(*inputs)
-            out.backward(torch.empty_like(out))
+            if out.requires_grad:
+                out.backward(torch.empty_like(out))
         seen: dict[str, int] = {}
         for launch in launches:
             seen[launch.name] = seen.get(launch.name, 0) + 1

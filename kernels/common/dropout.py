@@ -25,9 +25,9 @@ _KEY_STEPS = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64) * np.arange
 _CHUNK = 1 << 14  # groups at a time: their state stays in the cache
 
 
-def new_seed(x: Tensor) -> Tensor:
-    """A fresh key from PyTorch's generator: int64 ``[1]`` on the device of `x`, so that nothing waits for a GPU."""
-    return torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
+def new_seed(x: Tensor, count: int = 1) -> Tensor:
+    """Fresh keys from PyTorch's generator: int64 ``[count]`` on the device of `x`, so that nothing waits for a GPU."""
+    return torch.randint(2**62, (count,), dtype=torch.int64, device=x.device)
 
 
 def threshold(dropout_p: float) -> int:

@@ -1,5 +1,5 @@
 """The feed-forward block."""
 
-from .api import ffn
+from .api import ffn, linear_act
 
-__all__ = ["ffn"]
+__all__ = ["ffn", "linear_act"]

@@ -95,13 +95,31 @@ def test_attentions_backward_does_seven_products(passes):
 
 
 @pytest.mark.parametrize(
-    "kernel", ["add_norm_forward_kernel", "add_norm_backward_kernel", "column_sums_kernel", "delta_kernel"]
+    "kernel",
+    [
+        "add_norm_forward_kernel",
+        "add_norm_backward_kernel",
+        "column_sums_kernel",
+        "delta_kernel",
+        "activation_kernel",
+        "activation_gradient_kernel",
+        "dropout_add_kernel",
+        "output_gradient_kernel",
+    ],
 )
 def test_memory_bound_kernels_ask_for_little_more_than_once(passes, kernel):
     launches = [launch for p in passes.values() for launch in p.launches if launch.kernel == kernel]
     assert launches
     for launch in launches:
         assert launch.asked <= 1.05 * launch.once, f"{launch.asked / launch.once:.3f}"
+
+
+def test_gate_and_up_read_the_input_once_for_both(passes):
+    plain, gated = (passes[f"ffn 256x128x512{kind}, forward"].launches[0] for kind in ("", ", gated"))
+    assert gated.dot_flops == 2 * plain.dot_flops == 2 * 256 * 128 * 1024
+    assert gated.arguments["weight_ptr"].loaded_once == 2 * plain.arguments["weight_ptr"].loaded_once
+    (back,) = (each for each in passes["ffn 256x128x512, gated, backward"].launches if each.dot_flops)
+    assert back.dot_flops == 2 * 256 * 128 * 512  # one product gives both halves' gradients
 
 
 def test_the_hidden_layers_products_store_each_element_once(passes):

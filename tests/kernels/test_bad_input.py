@@ -220,6 +220,13 @@ def test_add_norm(arguments, options, error, named):
         ((X, W1, None, W2, W.half()), {}, TypeError, "bias2"),
         ((X, W1, None, W2, None), {"activation": "swish"}, ValueError, "activation"),
         ((X, W1, None, W2, None), {"dropout_p": -1}, ValueError, "dropout_p"),
+        ((X, W1, None, W2, None), {"out_dropout_p": 2.0}, ValueError, "out_dropout_p"),
+        ((X, W1, None, W2, None), {"recompute": "all"}, ValueError, "recompute"),
+        ((X, W1, None, W2, None), {"gated": True}, ValueError, "weight2"),
+        ((X, torch.randn(7, X.shape[-1]), None, W2, None), {"gated": True}, ValueError, "weight1"),
+        ((X, W1, None, W2, None), {"residual": X[:1]}, ValueError, "residual"),
+        ((X, W1, None, W2, None), {"residual": X.half()}, TypeError, "residual"),
+        ((X, W1, None, W2, None), {"residual": X.long()}, TypeError, "residual"),
     ],
 )
 def test_ffn(arguments, options, error, named):
@@ -228,7 +235,7 @@ def test_ffn(arguments, options, error, named):
 
 
 def test_unknown_activation_lists_the_known_ones():
-    with pytest.raises(ValueError, match="gelu, gelu_tanh, relu"):
+    with pytest.raises(ValueError, match="gelu, gelu_tanh, quick_gelu, relu, silu, relu2"):
         ffn(X, W1, None, W2, None, activation="swish")
 
 

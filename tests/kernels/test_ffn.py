@@ -6,14 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import assert_contract
-from fusenc.kernels import ffn, last_backend
+from fusenc.kernels import ffn, last_backend, linear_act
 from fusenc.kernels.common import dropout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.kernel
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+WAYS = pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
 
 
 def tensors(rows, d_model, d_hidden, device, d_out=None):
@@ -29,8 +37,11 @@ def plain(activation="gelu"):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize(
+    ("activation", "dtype"),
+    [*(("gelu", dtype) for dtype in DTYPES), *((name, torch.float16) for name in list(ACTIVATIONS)[1:])],
+    ids=str,
+)
 def test_activations(device, backend, dtype, activation):
     assert_contract(lambda *t: ffn(*t, activation=activation), plain(activation), tensors(70, 48, 150, device), dtype)
     assert last_backend() == backend
@@ -138,13 +149,218 @@ def test_empty_batch(device):
     assert all(g.shape == t.shape and (g == 0).all() for g, t in zip(grads, inputs, strict=True))
 
 
-@pytest.mark.slow
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    rows=st.integers(1, 200), d_model=st.integers(1, 100), d_hidden=st.integers(1, 200),
-    dtype=st.sampled_from(DTYPES), activation=st.sampled_from(list(ACTIVATIONS)),
+def reference(options, masks):
+    """`ffn` in plain PyTorch; `masks` are the dropped elements of hidden activation and output."""
+
+    def run(x, w1, b1, w2, b2, residual=None):
+        hidden = F.linear(x, w1, b1)
+        act = ACTIVATIONS[options.get("activation", "gelu")]
+        if options.get("gated"):
+            gate, up = hidden.chunk(2, -1)
+            hidden = act(gate) * up
+        else:
+            hidden = act(hidden)
+        if masks[0] is not None:
+            hidden = (hidden / (1 - options["dropout_p"])).masked_fill(masks[0], 0.0)
+        out = F.linear(hidden, w2, b2)
+        if masks[1] is not None:
+            out = (out / (1 - options["out_dropout_p"])).masked_fill(masks[1], 0.0)
+        return out if residual is None else residual + out
+
+    return run
+
+
+def documented_masks(rows, d_hidden, d_out, dropout_p=0.0, out_dropout_p=0.0, device="cpu"):
+    """The first key drawn is the hidden activation's, the last the output's; both come from one draw."""
+    torch.manual_seed(3)
+    seeds = dropout.new_seed(torch.empty(0, device=device), 1 + bool(dropout_p and out_dropout_p))
+    hidden = dropout.drop_mask(seeds[:1], torch.Size((rows, d_hidden)), dropout_p) if dropout_p else None
+    return hidden, dropout.drop_mask(seeds[-1:], torch.Size((rows, d_out)), out_dropout_p) if out_dropout_p else None
+
+
+def check(device, dtype, rows, d_model, d_hidden, d_out, residual=True, fused=None, recompute=False, **options):
+    """`ffn` with options against its reference, with the documented masks."""
+    gated = options.get("gated", False)
+    x, w1, b1, w2, b2 = tensors(rows, d_model, 2 * d_hidden if gated else d_hidden, device, d_out)
+    inputs = [x, w1, b1, w2[:, :d_hidden].contiguous(), b2]
+    if residual:
+        inputs.append(torch.randn(rows, d_out, generator=torch.Generator().manual_seed(2)).to(device))
+    rates = {name: options[name] for name in ("dropout_p", "out_dropout_p") if name in options}
+    masks = documented_masks(rows, d_hidden, d_out, **rates, device=device)
+
+    def kernel(*t):
+        torch.manual_seed(3)
+        return ffn(*t[:5], residual=t[5] if residual else None, fused=fused, recompute=recompute, **options)
+
+    assert_contract(kernel, reference(options, masks), inputs, dtype, summed=dict.fromkeys(range(1, 5), rows))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("activation", "fused"),
+    [("gelu", True), ("gelu_tanh", False), ("quick_gelu", True), ("silu", False), ("relu2", True)],
+)
+def test_gated_activations(device, activation, fused):
+    check(device, torch.float16, 40, 24, 72, 20, residual=False, fused=fused, activation=activation, gated=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("dtype", "fused", "recompute"),
+    [
+        (torch.float16, True, False), (torch.float16, True, "activation"), (torch.float16, True, True),
+        (torch.float16, False, False), (torch.float16, False, "activation"), (torch.float16, False, True),
+        (torch.float32, True, "activation"), (torch.bfloat16, False, "activation"), (torch.bfloat16, True, False),
+    ],
+    ids=str,
 )  # fmt: skip
-def test_random_combinations(request, rows, d_model, d_hidden, dtype, activation):
+def test_residual_and_both_dropouts(device, dtype, fused, recompute):
+    check(device, dtype, 40, 24, 72, 50, fused=fused, recompute=recompute, dropout_p=0.3, out_dropout_p=0.2)
+
+
+@WAYS
+@pytest.mark.parametrize("options", [{"dropout_p": 0.3}, {"out_dropout_p": 0.3}, {}], ids=["hidden", "output", "none"])
+def test_residual_with_one_dropout_or_none(device, fused, options):
+    check(device, torch.float16, 40, 24, 72, 50, fused=fused, gated=True, **options)
+
+
+@WAYS
+def test_bias_gradients_over_several_row_blocks(device, fused):
+    check(device, torch.float16, 290, 16, 40, 20, fused=fused, out_dropout_p=0.2)
+    check(device, torch.float32, 150, 16, 40, 20, fused=fused, gated=True, dropout_p=0.2)
+
+
+@WAYS
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_recomputing_gives_the_same_bits(device, fused, gated):
+    results = []
+    for recompute in (False, "activation", True):
+        torch.manual_seed(3)
+        x, w1, b1, w2, b2 = (t.half() for t in tensors(40, 24, 144, device, 20))
+        inputs = [t.detach().requires_grad_() for t in (x, w1, b1, w2[:, :72] if gated else w2, b2)]
+        out = ffn(*inputs, gated=gated, dropout_p=0.2, recompute=recompute, fused=fused)
+        results.append((out.detach(), *torch.autograd.grad(out.sum(), inputs)))
+    for other in results[1:]:
+        for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
+            if i != 4 or device == "cpu":  # the second weight's: its activation comes from the rounded pre-activation
+                assert torch.equal(a, b), i
+            else:
+                torch.testing.assert_close(a, b, rtol=0, atol=2e-3 * float(a.abs().max()))
+
+
+def test_what_is_kept_for_the_backward_pass(device, backend):
+    inputs = [t.requires_grad_() for t in tensors(40, 24, 72, device)]
+    kept = {}
+    for recompute in (False, "activation", True):
+        saved = ffn(*inputs, recompute=recompute).grad_fn
+        if recompute is False and backend == "eager":
+            continue  # autograd's own graph
+        tensors_ = [t for t in saved.saved_tensors if t is not None]
+        kept[recompute] = sum(t.shape == (40, 72) for t in tensors_)
+    assert kept == ({} if backend == "eager" else {False: 2}) | {"activation": 1, True: 0}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+@pytest.mark.parametrize("needed", range(6), ids=["x", "weight1", "bias1", "weight2", "bias2", "residual"])
+def test_one_input_needs_its_gradient(device, needed, recompute):
+    inputs = [*tensors(33, 16, 40, device, 20), torch.randn(33, 20, device=device)]
+    inputs[needed].requires_grad_()
+    torch.manual_seed(3)
+    out = ffn(*inputs[:5], residual=inputs[5], out_dropout_p=0.2, fused=not recompute, recompute=recompute)
+    masks = documented_masks(33, 40, 20, out_dropout_p=0.2, device=device)
+    expected = reference({"out_dropout_p": 0.2}, masks)(*inputs)
+    (got,), (want,) = (torch.autograd.grad(t.sum(), inputs[needed]) for t in (out, expected))
+    torch.testing.assert_close(got, want)
+
+
+@WAYS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_float32_residual_stays_float32(device, dtype, fused):
+    x, w1, b1, w2, b2 = (t.to(dtype) for t in tensors(40, 24, 72, device))
+    residual = torch.randn(40, 24, device=device, requires_grad=True)
+    w2.requires_grad_()
+    out = ffn(x, w1, b1, w2, b2, residual=residual, fused=fused)
+    assert out.dtype == torch.float32
+    expected = residual + ffn(x, w1, b1, w2, b2).float()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out, expected, rtol=0, atol=eps * float(expected.detach().abs().max()))
+    dresidual, dw2 = torch.autograd.grad(out.sum(), (residual, w2))
+    assert dresidual.dtype == torch.float32 and dw2.dtype == dtype and (dresidual == 1).all()
+
+
+@pytest.mark.interpreter
+@WAYS
+@pytest.mark.parametrize(("gated", "recompute"), [(False, False), (True, True)], ids=["plain", "gated, recompute"])
+def test_linear_act(device, fused, gated, recompute):
+    x, w1, b1, *_ = tensors(40, 24, 144, device)
+    mask, _ = documented_masks(40, 72 if gated else 144, 1, 0.2, device=device)
+
+    def kernel(*t):
+        torch.manual_seed(3)
+        return linear_act(*t, "silu", gated=gated, dropout_p=0.2, recompute=recompute, fused=fused)
+
+    def plain_(x, w, b):
+        hidden = F.linear(x, w, b)
+        if gated:
+            gate, up = hidden.chunk(2, -1)
+            hidden = F.silu(gate) * up
+        else:
+            hidden = F.silu(hidden)
+        return (hidden / 0.8).masked_fill(mask, 0.0)
+
+    assert_contract(kernel, plain_, [x, w1, b1], torch.float16, summed={1: 40, 2: 40})
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_derivatives_far_out(device, activation):
+    sizes = torch.tensor([30.0, 1e4, 1e18, 1e25])
+    if activation == "relu2" or (device == "cpu" and activation == "gelu_tanh"):
+        sizes = sizes[:2]  # where the value itself, or torch's own formula, does not overflow
+    x = torch.cat((sizes, -sizes))[:, None].to(device).requires_grad_()
+    (slope,) = torch.autograd.grad(linear_act(x, torch.ones(1, 1, device=device), None, activation).sum(), x)
+    above = 2 * sizes if activation == "relu2" else torch.ones_like(sizes)
+    expected = torch.cat((above, torch.zeros_like(sizes)))
+    torch.testing.assert_close(slope.flatten().cpu(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_activation_checkpointing_draws_the_same_dropout(device):
+    inputs = [t.requires_grad_() for t in tensors(20, 16, 40, device)]
+    call = lambda *t: ffn(*t, dropout_p=0.3, out_dropout_p=0.3, residual=t[0])  # noqa: E731
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs the device's generator")
+    torch.manual_seed(3)
+    plain_out = call(*inputs)
+    expected = torch.autograd.grad(plain_out.sum(), inputs)
+    torch.manual_seed(3)
+    out = torch.utils.checkpoint.checkpoint(call, *inputs, use_reentrant=False)
+    for g, e in zip(torch.autograd.grad(out.sum(), inputs), expected, strict=True):
+        torch.testing.assert_close(g, e)
+    torch.testing.assert_close(out, plain_out)
+
+
+def test_dx_is_added_to_what_is_there(device):
+    """What a whole layer's backward pass asks for."""
+    from fusenc.kernels.ffn import op
+
+    x, w1, b1, w2, _ = tensors(40, 24, 72, device)
+    _, hidden, activated = op.forward(
+        x, w1, b1, w2, None, None, None, None, 0.0, 0.0, "gelu", False, None, True, True
+    )  # fmt: skip
+    dout, there = torch.randn(40, 24, device=device), torch.randn(40, 24, device=device)
+    arguments = (dout, x, w1, b1, w2, hidden, activated, None, None, 0.0, 0.0, "gelu", False, None)
+    alone, added = (op.backward(*arguments, [True, *[False] * 4], into)[0] for into in (None, there))
+    torch.testing.assert_close(added, alone + there)
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 150), d_model=st.integers(1, 60), d_hidden=st.integers(1, 140), d_out=st.integers(1, 60),
+    dtype=st.sampled_from(DTYPES), activation=st.sampled_from(list(ACTIVATIONS)), gated=st.booleans(),
+    rates=st.sampled_from([{}, {"dropout_p": 0.2}, {"out_dropout_p": 0.2}, {"dropout_p": 0.2, "out_dropout_p": 0.1}]),
+    residual=st.booleans(), fused=st.booleans(), recompute=st.sampled_from([False, "activation", True]),
+)  # fmt: skip
+def test_random_combinations(request, dtype, rates, **chosen):
     device = "cuda" if request.config.getoption("--device") in ("ttsem", "cuda") else "cpu"
-    inputs = tensors(rows, d_model, d_hidden, device)
-    assert_contract(lambda *t: ffn(*t, activation=activation), plain(activation), inputs, dtype)
+    sizes = [chosen.pop(name) for name in ("rows", "d_model", "d_hidden", "d_out")]
+    check(device, dtype, *sizes, **chosen, **rates)

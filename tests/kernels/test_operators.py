@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusenc.kernels import BlockMask, add_norm, alibi_slopes, attention, attention_varlen, attention_weights, ffn
+from fusenc.kernels import (
+    BlockMask,
+    add_norm,
+    alibi_slopes,
+    attention,
+    attention_varlen,
+    attention_weights,
+    ffn,
+    linear_act,
+)
 from fusenc.kernels.add_norm.arguments import Options as AddNormOptions
 from fusenc.kernels.add_norm.op import add_norm_operator
 from fusenc.kernels.attention.arguments import Inputs, Options
 from fusenc.kernels.attention.op import attention_operator
-from fusenc.kernels.ffn.op import ffn_operator
+from fusenc.kernels.ffn.op import ffn_operator, linear_act_operator
 from tolerances import HALF_PRECISION, SAME_ALGORITHM
 
 SEED = torch.tensor([5])
@@ -58,9 +67,25 @@ ADD_NORM = {
     ),
 }  # fmt: skip
 FFN = {
-    "full": (randn(2, 4, 6), randn(10, 6), randn(10), randn(6, 10), randn(6), None, 0.0, "gelu", True),
-    "no bias": (randn(4, 6), randn(10, 6), None, randn(3, 10), None, None, 0.0, "relu", True),
-    "dropout": (randn(4, 6), randn(10, 6), randn(10), randn(6, 10), randn(6), SEED, 0.3, "gelu_tanh", True),
+    "full": (
+        randn(2, 4, 6), randn(10, 6), randn(10), randn(6, 10), randn(6), randn(2, 4, 6), None, None, 0.0, 0.0, "gelu",
+        False, None, True, True,
+    ),
+    "no bias": (
+        randn(4, 6), randn(10, 6), None, randn(3, 10), *[None] * 4, 0.0, 0.0, "relu", False, True, True, True,
+    ),
+    "dropout": (
+        randn(4, 6), randn(10, 6), randn(10), randn(6, 10), randn(6), None, SEED, SEED + 1, 0.3, 0.2, "gelu_tanh",
+        False, False, True, False,
+    ),
+    "gated, nothing kept": (
+        randn(4, 6), randn(10, 6), randn(10), randn(6, 5), randn(6), randn(4, 6), None, SEED, 0.0, 0.2, "silu", True,
+        None, False, False,
+    ),
+}  # fmt: skip
+LINEAR_ACT = {
+    "full": (randn(2, 4, 6), randn(10, 6), randn(10), SEED, 0.2, "silu", True, None, True),
+    "nothing kept": (randn(4, 6), randn(10, 6), None, None, 0.0, "relu2", False, None, False),
 }
 
 
@@ -79,12 +104,17 @@ def test_opcheck_ffn(case):
     torch.library.opcheck(ffn_operator, FFN[case])
 
 
+@pytest.mark.parametrize("case", list(LINEAR_ACT))
+def test_opcheck_linear_act(case):
+    torch.library.opcheck(linear_act_operator, LINEAR_ACT[case])
+
+
 def test_opcheck_inference():
     with torch.no_grad():
         torch.library.opcheck(
             add_norm_operator, (*ADD_NORM["full"][:-3], False, False, False), test_utils="test_faketensor"
         )
-        torch.library.opcheck(ffn_operator, (*FFN["full"][:-1], False), test_utils="test_faketensor")
+        torch.library.opcheck(ffn_operator, (*FFN["full"][:-2], False, False), test_utils="test_faketensor")
 
 
 def seeded(function):
@@ -128,6 +158,16 @@ CALLS = {
         [(4, 6), (4, 6), (6,), (6,), (6,)],
     ),
     "ffn": (lambda *t: ffn(*t, dropout_p=0.2), [(4, 6), (10, 6), (10,), (3, 10), (3,)]),
+    "ffn, everything": (
+        lambda *t: ffn(
+            *t[:5], residual=t[5], gated=True, activation="silu", dropout_p=0.2, out_dropout_p=0.1,
+            recompute="activation" if t[0].dtype == torch.float32 else False,
+        ),
+        [(4, 6), (10, 6), (10,), (3, 5), (3,), (4, 3)],
+    ),
+    "linear_act": (
+        lambda *t: linear_act(*t, "quick_gelu", gated=True, dropout_p=0.2), [(4, 6), (10, 6), (10,)],
+    ),
     "ffn, relu": (lambda *t: ffn(*t, activation="relu"), [(4, 6), (10, 6), (10,), (3, 10), (3,)]),
 }  # fmt: skip
 
@@ -159,7 +199,7 @@ def test_backward_formula_agrees_with_autograd(operator):
     eager = {
         "attention": lambda *a: attention_eager.attention(Inputs(*a[:14]), Options(*a[14:-1]))[0],
         "add_norm": lambda *a: add_norm_eager.add_norm(*a[:6], AddNormOptions(*a[6:11]))[0],
-        "ffn": lambda *a: ffn_eager.ffn(*a[:-1])[0],
+        "ffn": lambda *a: ffn_eager.ffn(*a[:-3]),
     }[operator]
     for arguments in cases.values():
         arguments = [
@@ -237,7 +277,12 @@ def test_autocast(dtype):
         arguments = *Inputs(q, q, q, alibi_slopes=slopes), *Options(0.3, max_len_q=5, max_len_k=5)
         assert attention_operator(*arguments, False)[0].dtype == dtype
         assert ffn(x, randn(10, 8), None, randn(8, 10), None).dtype == dtype
-        assert ffn_operator(x, randn(10, 8), None, randn(8, 10), None, None, 0.0, "gelu", True)[0].dtype == dtype
+        assert (
+            ffn_operator(x, randn(10, 8), None, randn(8, 10), *[None] * 4, 0.0, 0.0, "gelu", False, None, True, True)[
+                0
+            ].dtype
+            == dtype
+        )
         normed = add_norm(x.to(dtype), x, w, b)
         assert normed.dtype == torch.float32
     torch.testing.assert_close(normed, torch.nn.functional.layer_norm(x.to(dtype) + x, (8,), w, b))
