@@ -16,7 +16,9 @@ from .attention import (
     t5_relative_bias,
 )
 from .common.backend import get_backend, last_backend, set_backend, use_backend
+from .embed_norm import embed_norm, sinusoidal_positions
 from .ffn import ffn
+from .rotary import rotary, rotary_tables
 
 __all__ = [
     "BlockMask",
@@ -26,11 +28,15 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_weights",
+    "embed_norm",
     "ffn",
     "get_backend",
     "last_backend",
+    "rotary",
+    "rotary_tables",
     "sdpa_replacement",
     "set_backend",
+    "sinusoidal_positions",
     "t5_relative_bias",
     "use_backend",
 ]
