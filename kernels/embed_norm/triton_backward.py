@@ -219,9 +219,9 @@ def segment_sums_kernel(
         whole, cut = ends & (began_before == 0), (i + 1 == last) & (ends == 0)
         wanted = (table_row >= 0) & (table_row < table_rows) & (table_row != padding)
         row = out_ptr + table_row * width + columns
-        tl.store(row, total.to(out_ptr.dtype.element_ty), mask=column_ok & wanted & whole)
-        tl.store(partial, total, mask=column_ok & (ends | cut) & (began_before == 1))
-        tl.store(partial + width, total, mask=column_ok & cut & (began_before == 0))
+        tl.store(row, total.to(out_ptr.dtype.element_ty), mask=columns < tl.where(wanted & whole, width, 0))
+        tl.store(partial, total, mask=columns < tl.where((ends | cut) & (began_before == 1), width, 0))
+        tl.store(partial + width, total, mask=columns < tl.where(cut & (began_before == 0), width, 0))
 
 
 @triton.jit(do_not_specialize=["tokens", "padding"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -101,8 +101,7 @@ def sum_chunk(
 
 MAX_WIDTH = 16384
 _HELD_WIDTH = 4096
-"""Up to here a program keeps in registers what all its tokens read; wider rows leave no room, and it reads them again."""
-_CHUNKS = 8
+"""Up to here a program keeps in registers what all its tokens read; wider rows leave no room: it is read again."""
 
 
 class Tiling(NamedTuple):
@@ -154,9 +153,7 @@ def grid(tables: Tables, tile: Tiling, programs_per_unit: int) -> Grid:
     return Grid(rows, length, parts, -(-parts // max(1, most // tiles)), tiles)
 
 
-def lookup_arguments(
-    tables: Tables, tile: Tiling, stand_in: Tensor
-) -> tuple[list[Tensor], list[int], dict[str, object]]:
+def lookup_arguments(tables: Tables, tile: Tiling, stand_in: Tensor) -> tuple[list[Tensor], list[int], dict[str, Any]]:
     """What every kernel is given of the tables: pointers, row counts and switches."""
 
     def pointer(t: Tensor | None) -> Tensor:

@@ -31,8 +31,8 @@ def rotary(
         query: ``[B, H, L, D]``, or packed ``[T, H, D]``; float32, float16, bfloat16 or float64, any strides.
         key: the same with any number of heads, dtype and device of `query`, or None.
         cos: ``[positions, R / 2]``, a table as from `rotary_tables` (flash-attn's form), R at most D and even; or
-            ``[B, L, R]`` or ``[1, L, R]``, Hugging Face's form for ``[B, H, L, D]``, whose second half repeats the first
-            and is not read. Any floating dtype. The columns from R on pass through.
+            ``[B, L, R]`` or ``[1, L, R]``, Hugging Face's form for ``[B, H, L, D]``, whose second half repeats the
+            first and is not read. Any floating dtype. The columns from R on pass through.
         sin: the same of the sines. Neither gets a gradient.
         interleaved: the pairs are neighbours (GPT-J) instead of the halves of the first R columns (GPT-NeoX, Hugging
             Face's ``rotate_half``).
@@ -79,7 +79,7 @@ def rotary_tables(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The tables of `rotary`: ``cos`` and ``sin`` of ``position * base**(-2i / rotary_dim)``, ``[length, rotary_dim / 2]``.
+    """The tables of `rotary`: cos and sin of ``position * base**(-2i / rotary_dim)``, ``[length, rotary_dim / 2]``.
 
     Args:
         length: how many positions, from 0.
