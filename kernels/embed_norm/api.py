@@ -89,11 +89,9 @@ def embed_norm(
                 and (type_weight.dtype is not dtype or type_weight.device != device or type_weight.dim() != 2
                      or type_weight.shape[1] != width or type_weight.shape[0] == 0))
             or (norm_weight is not None
-                and (norm_weight.dim() != 1 or norm_weight.shape[0] != width or norm_weight.dtype is not dtype
-                     or norm_weight.device != device))
+                and (norm_weight.shape != (width,) or norm_weight.dtype is not dtype or norm_weight.device != device))
             or (norm_bias is not None
-                and (norm_bias.dim() != 1 or norm_bias.shape[0] != width or norm_bias.dtype is not dtype
-                     or norm_bias.device != device))
+                and (norm_bias.shape != (width,) or norm_bias.dtype is not dtype or norm_bias.device != device))
             or (position_ids is not None
                 and (position_weight is None or position_weight.shape[0] == 0
                      or _ids_do_not_fit(position_ids, shape, device)))

@@ -56,10 +56,8 @@ def require_ids_in_range(tables: Tables) -> None:
             raise IndexError(f"{name}: expected ids from 0 to {table.shape[0] - 1}, got {int(outside[0])}")
 
 
-def _rows_in_range(tables: Tables) -> Tensor | None:
-    """Which tokens have all their rows, ``[..., L, 1]``; None on a CPU, where a lookup raises."""
-    if tables.ids.is_cpu:
-        return None
+def _rows_in_range(tables: Tables) -> Tensor:
+    """Which tokens have all their rows, ``[..., L, 1]``."""
     ok = torch.ones_like(tables.ids, dtype=torch.bool)
     for _, ids, table in lookups(tables):
         ok = ok & (ids >= 0) & (ids < table.shape[0])
@@ -80,7 +78,7 @@ def embedding_sum(tables: Tables, padding_idx: int) -> Tensor:
         if type_ is not None:
             total += type_[0] if type_ids is None else _lookup(type_, type_ids)
         if position is not None:
-            total += position[: ids.shape[-1]] if position_ids is None else _lookup(position, position_ids)
+            total += position.narrow(0, 0, ids.shape[-1]) if position_ids is None else _lookup(position, position_ids)
     except IndexError:
         require_ids_in_range(tables)
         raise
@@ -111,8 +109,7 @@ def embed_norm(tables: Tables, options: Options) -> Tensor:
     out = _normalise(z, weight, bias, options.eps, options.rms)
     if tables.seed is not None:
         out = dropout.dropout(out, tables.seed, options.dropout_p)
-    ok = _rows_in_range(tables)
-    return out if ok is None else torch.where(ok, out, torch.nan)
+    return out if tables.ids.is_cpu else torch.where(_rows_in_range(tables), out, torch.nan)
 
 
 def statistics(tables: Tables, options: Options) -> tuple[Tensor, Tensor]:
@@ -136,9 +133,8 @@ def embed_norm_backward(
     width, wide = tables.word.shape[1], rstd.dtype
     z = embedding_sum(tables, options.padding_idx).reshape(-1, width).to(wide)
     do = dropout.dropout(dout, tables.seed, options.dropout_p).reshape(-1, width).to(wide)
-    ok = _rows_in_range(tables)
-    if ok is not None:
-        do = do.masked_fill(~ok.reshape(-1, 1), 0.0)
+    if not tables.ids.is_cpu:
+        do = do.masked_fill(~_rows_in_range(tables).reshape(-1, 1), 0.0)
     xhat = (z if options.rms else z - mean[:, None]) * rstd[:, None]
     g = do if tables.norm_weight is None else do * tables.norm_weight.to(wide)
     dz = g - xhat * (g * xhat).mean(-1, keepdim=True)

@@ -11,7 +11,9 @@ def angles(query: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None)
     if cos.dim() == 3:  # Hugging Face's, of which the second half repeats the first
         cos, sin = (t[..., : t.shape[-1] // 2] for t in (cos, sin))
     elif position_ids is None:
-        cos, sin = cos[: _tokens(query)], sin[: _tokens(query)]
+        tokens = query.shape[0 if query.dim() == 3 else 2]
+        if cos.shape[0] != tokens:
+            cos, sin = cos[:tokens], sin[:tokens]
     elif position_ids.is_cpu:
         outside = (position_ids < 0) | (position_ids >= cos.shape[0])
         if outside.any():
@@ -28,30 +30,29 @@ def angles(query: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None)
     return (cos.unsqueeze(1), sin.unsqueeze(1)) if cos.dim() == 3 else (cos, sin)  # [B, 1, L, R / 2] or [L, R / 2]
 
 
-def _tokens(x: Tensor) -> int:
-    return x.shape[0] if x.dim() == 3 else x.shape[2]
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     """`x` rotated, in its memory order; computed in float32 or wider."""
-    half = cos.shape[-1]
     out = torch.empty_like(x)
     wide = x.dtype in (torch.float16, torch.bfloat16)
-    work = torch.empty_like(x, dtype=torch.float32) if wide else out
-    source = x.float() if wide else x
-    cos, sin = cos.to(work.dtype), sin.to(work.dtype)
-
-    def parts(t: Tensor) -> tuple[Tensor, Tensor]:
-        rotated = t[..., : 2 * half]
-        return (rotated[..., ::2], rotated[..., 1::2]) if interleaved else (rotated[..., :half], rotated[..., half:])
-
-    (a, b), (new_a, new_b) = parts(source), parts(work)
+    source, work = (x.float(), torch.empty_like(x, dtype=torch.float32)) if wide else (x, out)
+    if cos.dtype is not work.dtype:
+        cos, sin = cos.to(work.dtype), sin.to(work.dtype)
+    size = 2 * cos.shape[-1]
+    a, b = _pairs(source, size, interleaved)
+    new_a, new_b = _pairs(work, size, interleaved)
     sign = -1.0 if inverse else 1.0
     torch.mul(a, cos, out=new_a).addcmul_(b, sin, value=-sign)
     torch.mul(b, cos, out=new_b).addcmul_(a, sin, value=sign)
-    if 2 * half < x.shape[-1]:
-        work[..., 2 * half :] = source[..., 2 * half :]
+    if size < x.shape[-1]:
+        work[..., size:] = source[..., size:]
     return out.copy_(work) if wide else out
+
+
+def _pairs(x: Tensor, size: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views of the first and of the second element of each pair."""
+    if size < x.shape[-1]:
+        x = x[..., :size]
+    return (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)  # type: ignore[return-value]
 
 
 def rotary(

@@ -95,7 +95,16 @@ def test_attentions_backward_does_seven_products(passes):
 
 
 @pytest.mark.parametrize(
-    "kernel", ["add_norm_forward_kernel", "add_norm_backward_kernel", "weight_gradient_kernel", "delta_kernel"]
+    "kernel",
+    [
+        "add_norm_forward_kernel",
+        "add_norm_backward_kernel",
+        "weight_gradient_kernel",
+        "delta_kernel",
+        "embed_norm_forward_kernel",
+        "embed_norm_backward_kernel",
+        "rotary_kernel",
+    ],
 )
 def test_memory_bound_kernels_ask_for_little_more_than_once(passes, kernel):
     launches = [launch for p in passes.values() for launch in p.launches if launch.kernel == kernel]

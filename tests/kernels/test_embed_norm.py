@@ -36,7 +36,9 @@ def plain(ids, word, position=None, type_=None, weight=None, bias=None, position
     if type_ is not None:
         z = z + F.embedding(torch.zeros_like(ids) if type_ids is None else type_ids, type_)
     if position is not None:
-        z = z + F.embedding(torch.arange(ids.shape[-1], device=ids.device) if positions is None else positions, position)
+        z = z + F.embedding(
+            torch.arange(ids.shape[-1], device=ids.device) if positions is None else positions, position
+        )
     if rms:
         z = F.rms_norm(z, z.shape[-1:], weight, eps)
         return z if bias is None else z + bias
@@ -70,7 +72,7 @@ def hold(device, shape, width, dtype, norm="layer", with_positions=True, types=2
     def reference(*args):
         return plain(ids, *split(args), where, kinds, norm == "rms", **options)
 
-    assert_contract(ours, reference, inputs, dtype, summed={i: rows for i in range(len(inputs))})
+    assert_contract(ours, reference, inputs, dtype, summed=dict.fromkeys(range(len(inputs)), rows))
 
 
 @kernel
@@ -147,7 +149,7 @@ def test_dropout_after_the_norm_uses_the_documented_mask(device, dropout_p):
     def reference(*args):
         return (plain(ids, *args, type_ids=kinds) * factor).masked_fill(dropped, 0.0)
 
-    assert_contract(ours, reference, tables(50, device), torch.float32, summed={i: 36 for i in range(5)})
+    assert_contract(ours, reference, tables(50, device), torch.float32, summed=dict.fromkeys(range(5), 36))
     inputs = tables(50, device)
     assert torch.equal(embed_norm(ids, *inputs, dropout_p=0.9, training=False), embed_norm(ids, *inputs))
 

@@ -64,7 +64,9 @@ def test_query_and_key(device, backend, dtype, interleaved, rotated):
 @pytest.mark.parametrize("shared", [True, False], ids=["one batch", "each sequence its own"])
 def test_hugging_faces_form(device, shared):
     cos, sin = torch.randn(2, 1 if shared else 2, 9, 8, device=device)
-    hold(heads(device), torch.float32, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1), (cos[:, None], sin[:, None]))
+    hold(
+        heads(device), torch.float32, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1), (cos[:, None], sin[:, None])
+    )
 
 
 @kernel
@@ -182,7 +184,7 @@ def test_empty(device, shape):
 )  # fmt: skip
 def test_random_combinations(request, batch, q, k, length, half, rest, interleaved, dtype, doubled):
     device = "cuda" if request.config.getoption("--device") in ("ttsem", "cuda") else "cpu"
-    inputs = [t for t in heads(device, batch, q, max(k, 1), length, 2 * half + rest)][: 2 if k else 1]
+    inputs = list(heads(device, batch, q, max(k, 1), length, 2 * half + rest))[: 2 if k else 1]
     cos, sin = (t.to(dtype) for t in rotary_tables(length, 2 * half, device=device))
     given_ = [torch.cat((t, t), -1)[None] for t in (cos, sin)] if doubled else (cos, sin)
     hold(inputs, dtype, *given_, (cos, sin), interleaved)
