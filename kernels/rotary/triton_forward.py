@@ -16,20 +16,28 @@ def rotate_heads(
     INTERLEAVED: tl.constexpr, REST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """Rotate heads `first` to `last` of some tokens and copy the columns beyond the rotated ones."""
-    pair = tl.arange(0, BLOCK_H)
-    inside = token_ok[:, None] & (pair < half)[None, :]
-    column_a = pair * 2 if INTERLEAVED else pair
-    column_b = column_a + 1 if INTERLEAVED else pair + half
     x_rows = x_ptr + batch * strides[0] + token[:, None] * strides[2]
     out_rows = out_ptr + batch * out_strides[0] + token[:, None] * out_strides[2]
+    dtype = out_ptr.dtype.element_ty
     for head in range(first, last):
         at = tl.cast(head, tl.int64)
         x_head, out_head = x_rows + at * strides[1], out_rows + at * out_strides[1]
-        a = tl.load(x_head + column_a[None, :] * strides[3], mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(x_head + column_b[None, :] * strides[3], mask=inside, other=0.0).to(tl.float32)
-        dtype = out_ptr.dtype.element_ty
-        tl.store(out_head + column_a[None, :] * out_strides[3], (a * cos - b * sin).to(dtype), mask=inside)
-        tl.store(out_head + column_b[None, :] * out_strides[3], (b * cos + a * sin).to(dtype), mask=inside)
+        if INTERLEAVED:
+            column = tl.arange(0, 2 * BLOCK_H)
+            inside = token_ok[:, None] & (column < 2 * half)[None, :]
+            x = tl.load(x_head + column[None, :] * strides[3], mask=inside, other=0.0).to(tl.float32)
+            a, b = tl.split(x.reshape(token.shape[0], BLOCK_H, 2))
+            out = tl.join(a * cos - b * sin, b * cos + a * sin).reshape(token.shape[0], 2 * BLOCK_H)
+            tl.store(out_head + column[None, :] * out_strides[3], out.to(dtype), mask=inside)
+        else:
+            column = tl.arange(0, BLOCK_H)
+            inside = token_ok[:, None] & (column < half)[None, :]
+            a_ptrs, a_out = x_head + column[None, :] * strides[3], out_head + column[None, :] * out_strides[3]
+            b_ptrs, b_out = a_ptrs + half * strides[3], a_out + half * out_strides[3]
+            a = tl.load(a_ptrs, mask=inside, other=0.0).to(tl.float32)
+            b = tl.load(b_ptrs, mask=inside, other=0.0).to(tl.float32)
+            tl.store(a_out, (a * cos - b * sin).to(dtype), mask=inside)
+            tl.store(b_out, (b * cos + a * sin).to(dtype), mask=inside)
         if REST:
             column = 2 * half + tl.arange(0, BLOCK_REST)
             there = token_ok[:, None] & (column < head_size)[None, :]
