@@ -192,7 +192,7 @@ class Pass:
 
 _Call = tuple[Callable[..., Tensor], list[tuple[int, ...]]]
 
-_IDS = torch.randperm(2048, generator=torch.Generator().manual_seed(0)).view(128, 16)
+_IDS = torch.randperm(4096, generator=torch.Generator().manual_seed(0)).view(256, 16)
 """Each word once, so that a row read twice shows."""
 
 
@@ -212,7 +212,7 @@ CASES: dict[str, _Call] = {
     "add_norm 512x1024, dropout": (
         lambda *t: add_norm(*t, dropout_p=0.1), [(512, 1024), (512, 1024), (1024,), (1024,)],
     ),
-    "embed_norm 128x16x256": (_embed_norm, [(2048, 256), (16, 256), (2, 256), (256,), (256,)]),
+    "embed_norm 256x16x256": (_embed_norm, [(4096, 256), (16, 256), (2, 256), (256,), (256,)]),
     "rotary 2x12x128x64": (_rotary, [(2, 12, 128, 64), (2, 12, 128, 64)]),
     "ffn 256x128x512": (ffn, [(256, 128), (512, 128), (512,), (128, 512), (128,)]),
 }  # fmt: skip
