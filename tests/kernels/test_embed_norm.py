@@ -137,9 +137,9 @@ def test_long_segments_and_padding(device):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dropout_p", [0.3, 1.0])
 def test_dropout_after_the_norm_uses_the_documented_mask(device, dropout_p):
-    ids, kinds = tokens((4, 9), device)
+    ids, kinds = tokens((4, 9), device)  # the width is three chunks
     torch.manual_seed(3)
-    dropped = dropout.drop_mask(dropout.new_seed(ids), torch.Size((4, 9, 50)), dropout_p)
+    dropped = dropout.drop_mask(dropout.new_seed(ids), torch.Size((4, 9, 96)), dropout_p)
     factor = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
 
     def ours(*args):
@@ -149,8 +149,8 @@ def test_dropout_after_the_norm_uses_the_documented_mask(device, dropout_p):
     def reference(*args):
         return (plain(ids, *args, type_ids=kinds) * factor).masked_fill(dropped, 0.0)
 
-    assert_contract(ours, reference, tables(50, device), torch.float32, summed=dict.fromkeys(range(5), 36))
-    inputs = tables(50, device)
+    assert_contract(ours, reference, tables(96, device), torch.float32, summed=dict.fromkeys(range(5), 36))
+    inputs = tables(96, device)
     assert torch.equal(embed_norm(ids, *inputs, dropout_p=0.9, training=False), embed_norm(ids, *inputs))
 
 
