@@ -49,7 +49,7 @@ def demo(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="host, norm, attention, model or all.")] = "all",
+    suite: Annotated[str, typer.Argument(help="host, norm, embed, attention, ffn, model or all.")] = "all",
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on the CPU.")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Measurements of each side; their median counts.")] = 25,

@@ -15,7 +15,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from fusenc.kernels import add_norm, attention, ffn
+from fusenc.kernels import add_norm, attention, embed_norm, ffn, rotary, rotary_tables
 from torch import Tensor
 
 SECTOR = 32
@@ -193,6 +193,20 @@ class Pass:
 
 
 _Call = tuple[Callable[..., Tensor], list[tuple[int, ...]]]
+
+_IDS = torch.randperm(4096, generator=torch.Generator().manual_seed(0)).view(256, 16)
+"""Each word once, so that a row read twice shows."""
+
+
+def _embed_norm(*tables: Tensor) -> Tensor:
+    return embed_norm(_IDS, *tables, token_type_ids=_IDS % 2, eps=1e-5)
+
+
+def _rotary(query: Tensor, key: Tensor) -> Tensor:
+    tables = rotary_tables(query.shape[2], query.shape[3], dtype=query.dtype)
+    return torch.stack([t for t in rotary(query, key, *tables) if t is not None])
+
+
 CASES: dict[str, _Call] = {
     "attention 2x2x256x64": (attention, [(2, 2, 256, 64)] * 3),
     "attention 1x2x256x64, causal": (lambda q, k, v: attention(q, k, v, is_causal=True), [(1, 2, 256, 64)] * 3),
@@ -212,6 +226,8 @@ CASES: dict[str, _Call] = {
     "add_norm 512x1024, dropout": (
         lambda *t: add_norm(*t, dropout_p=0.1), [(512, 1024), (512, 1024), (1024,), (1024,)],
     ),
+    "embed_norm 256x16x256": (_embed_norm, [(4096, 256), (16, 256), (2, 256), (256,), (256,)]),
+    "rotary 8x12x128x64": (_rotary, [(8, 12, 128, 64), (8, 12, 128, 64)]),
     "ffn 256x128x512": (ffn, [(256, 128), (512, 128), (512,), (128, 512), (128,)]),
     "ffn 256x128x512, gated": (
         lambda *t: ffn(*t, activation="silu", gated=True), [(256, 128), (1024, 128), (1024,), (128, 512), (128,)],
@@ -241,7 +257,7 @@ def passes(names: list[str] | None = None, dtype: torch.dtype = torch.float16) -
         with count_traffic() as forward:
             out = call(*inputs)
         assert out.grad_fn is not None
-        saved = [t for t in out.grad_fn.saved_tensors if t is not None]  # type: ignore[attr-defined]
+        saved = [t for t in getattr(out.grad_fn, "saved_tensors", ()) if t is not None]
         result.append(Pass(f"{case}, forward", forward, _bytes([*inputs, out, *saved])))
         dout = torch.ones_like(out)
         with count_traffic() as backward:

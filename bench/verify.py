@@ -18,7 +18,18 @@ from typing import Any
 
 import fusenc
 import torch
-from fusenc.kernels import BlockMask, add_norm, alibi_slopes, attention, attention_varlen, ffn, linear_act
+from fusenc.kernels import (
+    BlockMask,
+    add_norm,
+    alibi_slopes,
+    attention,
+    attention_varlen,
+    embed_norm,
+    ffn,
+    linear_act,
+    rotary,
+    rotary_tables,
+)
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -133,6 +144,25 @@ def _options() -> Iterator[tuple[str, str, Callable[..., Tensor], list[tuple[int
         yield "ffn", f"gated, residual, dropouts, {'fused' if fused else 'unfused'}", added, pairs, torch.float16
     yield "linear_act", "dropout", lambda *t: linear_act(*t, dropout_p=0.2), block[:3], torch.float16
     yield "ffn", "no bias", lambda x, w1, w2: ffn(x, w1, None, w2, None), [block[0], block[1], block[3]], torch.float16
+
+    ids, kinds = (torch.arange(3 * 25).view(3, 25) * step % n for step, n in ((7, 20), (3, 2)))
+    ids[:, 15:] = 0  # as padding: a segment of several stretches
+    tables: list[tuple[int, ...]] = [(20, 100), (30, 100), (2, 100), (100,), (100,)]
+    embedding: dict[str, Callable[[Tensor], dict[str, Any]]] = {
+        "two types": lambda w: {"token_type_ids": kinds.to(w.device)},
+        "RMSNorm": lambda w: {"norm": "rms"},
+        "dropout": lambda w: {"dropout_p": 0.2},
+        "position ids": lambda w: {"position_ids": kinds.to(w.device), "padding_idx": 0},
+    }
+    for name, more in embedding.items():
+        embed = lambda w, *t, a=more: embed_norm(ids.to(w.device), w, *t, eps=1e-5, **a(w))  # noqa: E731
+        yield "embed_norm", name, embed, tables, torch.float16
+    for interleaved in (False, True):
+        turn = lambda q, k, i=interleaved: torch.cat(  # noqa: E731
+            [t.flatten() for t in rotary(q, k, *rotary_tables(50, 24, device=q.device), interleaved=i) if t is not None]
+        )
+        name = "neighbours" if interleaved else "halves, shared keys"
+        yield "rotary", name, turn, [(2, 4, 50, 40), (2, 1, 50, 40)], torch.float16
 
 
 def functions() -> list[str]:

@@ -16,8 +16,10 @@ from .attention import (
     t5_relative_bias,
 )
 from .common.backend import get_backend, last_backend, set_backend, use_backend
+from .embed_norm import embed_norm, sinusoidal_positions
 from .encoder_layer import LayerWeights, encoder_layer
 from .ffn import ffn, linear_act
+from .rotary import rotary, rotary_tables
 
 __all__ = [
     "BlockMask",
@@ -28,13 +30,17 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_weights",
+    "embed_norm",
     "encoder_layer",
     "ffn",
     "get_backend",
     "last_backend",
     "linear_act",
+    "rotary",
+    "rotary_tables",
     "sdpa_replacement",
     "set_backend",
+    "sinusoidal_positions",
     "t5_relative_bias",
     "use_backend",
 ]

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fusenc.kernels import BlockMask, add_norm, attention, attention_varlen, ffn, linear_act
+from fusenc.kernels import (
+    BlockMask,
+    add_norm,
+    attention,
+    attention_varlen,
+    embed_norm,
+    ffn,
+    linear_act,
+    rotary,
+    rotary_tables,
+)
 from torch import Tensor
 
 from .compiling import Launch, record_launches
@@ -116,6 +126,34 @@ def _calls() -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[int, ...]]
 
             yield f"{_name(dtype)} residual, both dropouts{way}", added, residual, dtype
     yield "float16 linear_act", linear_act, block[:3], HALF
+
+    ids = torch.empty(32, 128, dtype=torch.int64, device="meta")
+    for dtype, width in [(t, w) for t in (HALF, FLOAT) for w in (64, 384, 768, 1024, 4096, 8192, 16384)]:
+        rows: list[tuple[int, ...]] = [(30522, width), (512, width), (2, width), (width,), (width,)]
+        embed: Any = functools.partial(embed_norm, ids, token_type_ids=ids)
+        yield f"{_name(dtype)} embed width {width}", embed, rows, dtype
+    rows = [(30522, 768), (512, 768), (2, 768), (768,), (768,)]
+    choices: dict[str, dict[str, Any]] = {
+        "dropout": {"dropout_p": 0.1}, "position ids, no type ids": {"position_ids": ids},
+        "RMSNorm": {"norm": "rms"},
+    }  # fmt: skip
+    for option, arguments in choices.items():
+        yield f"float16 embed width 768 {option}", functools.partial(embed_norm, ids, **arguments), rows, HALF
+
+    def rotated(interleaved: bool, rotary_dim: int) -> Callable[..., Tensor]:
+        def call(query: Tensor, key: Tensor) -> Tensor:
+            cos, sin = rotary_tables(512, rotary_dim, device="meta")
+            out = rotary(query, key, cos, sin, interleaved=interleaved)
+            return torch.stack([t for t in out if t is not None])
+
+        return call
+
+    for dtype, head, rotary_dim, interleaved in (
+        (HALF, 64, 64, False), (HALF, 64, 64, True), (HALF, 128, 128, False), (HALF, 64, 32, False),
+        (FLOAT, 64, 64, False),
+    ):  # fmt: skip
+        name = f"{_name(dtype)} rotary head {head}, {rotary_dim} rotated{', neighbours' if interleaved else ''}"
+        yield name, rotated(interleaved, rotary_dim), [(2, 12, 512, head)] * 2, dtype
 
 
 def _biased_add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor, **options: Any) -> Any:

@@ -41,7 +41,6 @@ def _self_attention(x: Tensor, w: LayerWeights, masks: Masks, options: Options) 
         )
         out = out.reshape(x.shape)
     else:
-        tokens, heads = (1, 2) if options.batch_first else (0, 2)
         order = (0, 2, 1, 3) if options.batch_first else (1, 2, 0, 3)
         views = (t.permute(order) for t in (query, key, value))
         out = attention(*views, masks.attn_mask, dropout_p, masks.is_causal)

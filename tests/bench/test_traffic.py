@@ -105,6 +105,9 @@ def test_attentions_backward_does_seven_products(passes):
         "activation_gradient_kernel",
         "dropout_add_kernel",
         "output_gradient_kernel",
+        "embed_norm_forward_kernel",
+        "embed_norm_backward_kernel",
+        "rotary_kernel",
     ],
 )
 def test_memory_bound_kernels_ask_for_little_more_than_once(passes, kernel):

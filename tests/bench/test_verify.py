@@ -41,7 +41,7 @@ def test_a_script_without_and_with_an_overrun(tmp_path, capfd):
 
 def test_bad_targets():
     unknown = run("nope")
-    assert unknown.exit_code == 2 and "attention, add_norm, ffn" in unknown.output
+    assert unknown.exit_code == 2 and "attention, add_norm, ffn, embed_norm, rotary" in unknown.output
     assert run("missing.py").exit_code == 2
 
 
