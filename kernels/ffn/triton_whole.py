@@ -1,0 +1,67 @@
+"""The whole feed-forward block in one kernel, for narrow layers, and its launcher; docs/ffn_whole_block.md has the
+evidence."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import launch
+from .triton_blocks import activate
+
+
+@triton.jit(do_not_specialize=["rows"])
+def whole_ffn_kernel(
+    x_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, residual_ptr, out_ptr,
+    stride_xm, stride_w1n, stride_w2n, stride_rm, rows, hidden,
+    ACTIVATION: tl.constexpr, HAS_BIAS1: tl.constexpr, HAS_BIAS2: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # One program computes BLOCK_M rows of activation(x W1^T + bias1) W2^T + bias2 (+ residual). It reads its rows of x
+    # (and residual) and both weights once and writes its rows once; the hidden activation never reaches memory.
+    # The width is CHUNKS blocks of BLOCK_D, so that 384 = 3 x 128 needs no padding. Inference only: no backward.
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    row_ok = (offs_m < rows)[:, None]
+    row = offs_m.to(tl.int64)[:, None]
+    x, acc = (), ()
+    for c in tl.static_range(CHUNKS):
+        x = x + (tl.load(x_ptr + row * stride_xm + (c * BLOCK_D + offs_d)[None, :], mask=row_ok, other=0.0),)
+        acc = acc + (tl.zeros((BLOCK_M, BLOCK_D), tl.float32),)
+    for start in range(0, hidden, BLOCK_N):
+        weight1 = weight1_ptr + (start + offs_n)[None, :] * stride_w1n + offs_d[:, None]  # [BD, BN]
+        h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for c in tl.static_range(CHUNKS):
+            h = tl.dot(x[c], tl.load(weight1 + c * BLOCK_D), h)
+        if HAS_BIAS1:
+            h += tl.load(bias1_ptr + start + offs_n).to(tl.float32)[None, :]
+        h = activate(h, ACTIVATION).to(x_ptr.dtype.element_ty)
+        weight2 = weight2_ptr + offs_d[None, :] * stride_w2n + (start + offs_n)[:, None]  # [BN, BD]
+        sums = ()
+        for c in tl.static_range(CHUNKS):
+            sums = sums + (tl.dot(h, tl.load(weight2 + c * BLOCK_D * stride_w2n), acc[c]),)
+        acc = sums
+    for c in tl.static_range(CHUNKS):
+        columns = c * BLOCK_D + offs_d
+        out = acc[c]
+        if HAS_BIAS2:
+            out += tl.load(bias2_ptr + columns).to(tl.float32)[None, :]
+        if HAS_RESIDUAL:
+            out += tl.load(residual_ptr + row * stride_rm + columns[None, :], mask=row_ok, other=0.0).to(tl.float32)
+        tl.store(
+            out_ptr + row * (CHUNKS * BLOCK_D) + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=row_ok
+        )
+
+
+class WholeConfig(NamedTuple):
+    """Block sizes and launch options of the kernel."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
