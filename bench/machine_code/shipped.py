@@ -33,7 +33,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _calls() -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[int, ...]], torch.dtype]]:
+def _calls(arch: str) -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[int, ...]], torch.dtype]]:
     """Case, call, shapes of the inputs and dtype; forward and backward of each call are recorded."""
     half_heads = [(HALF, d) for d in (16, 32, 64, 128, 256)]
     for dtype, head in [*half_heads, (BRAIN, 64), *((FLOAT, d) for d in (16, 32, 64, 128, 256))]:
@@ -81,17 +81,27 @@ def _calls() -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[int, ...]]
     for option, arguments in activations.items():
         yield f"float16 {option}", functools.partial(ffn, **arguments), block, HALF
 
+    from fusenc.kernels.ffn import triton_whole
+
+    for (chip, width), config in triton_whole.CONFIGS.items():
+        if chip == arch:  # no other launches it
+            narrow: list[tuple[int, ...]] = [(16384, width), (4 * width, width), (4 * width,), (width, 4 * width),
+                                             (width,), (16384, width)]  # fmt: skip
+            whole: Any = functools.partial(triton_whole.whole_ffn, activation="gelu", config=config)
+            yield f"float16 width {width} whole block", whole, narrow, HALF
+
 
 @functools.cache
 def units(arch: str) -> tuple[Unit, ...]:
     """All units of a chip, each distinct launch once, under the first case that makes it."""
     found: dict[str, Unit] = {}
-    for case, call, shapes, dtype in _calls():
+    for case, call, shapes, dtype in _calls(arch):
         # Half the inputs of a real call are views of one projection; here each has memory of its own, aligned.
         inputs = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes]
         with record_launches(arch) as launches:
             out = call(*inputs)
-            out.backward(torch.empty_like(out))
+            if out.requires_grad:
+                out.backward(torch.empty_like(out))
         seen: dict[str, int] = {}
         for launch in launches:
             seen[launch.name] = seen.get(launch.name, 0) + 1
@@ -102,7 +112,7 @@ def units(arch: str) -> tuple[Unit, ...]:
 
 def kernels() -> list[str]:
     """The names of all shipped kernels, in order of appearance."""
-    return list(dict.fromkeys(unit.kernel for unit in units("")))
+    return list(dict.fromkeys(unit.kernel for arch in ("", "sm_90") for unit in units(arch)))
 
 
 def chosen(names: list[str], arch: str) -> list[Unit]:

@@ -52,9 +52,7 @@ def whole_ffn_kernel(
             out += tl.load(bias2_ptr + columns).to(tl.float32)[None, :]
         if HAS_RESIDUAL:
             out += tl.load(residual_ptr + row * stride_rm + columns[None, :], mask=row_ok, other=0.0).to(tl.float32)
-        tl.store(
-            out_ptr + row * (CHUNKS * BLOCK_D) + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=row_ok
-        )
+        tl.store(out_ptr + row * (CHUNKS * BLOCK_D) + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=row_ok)
 
 
 class WholeConfig(NamedTuple):
@@ -65,3 +63,63 @@ class WholeConfig(NamedTuple):
     block_d: int
     num_warps: int
     num_stages: int
+
+
+# By architecture and width; docs/ffn_whole_block.md says why there are no others.
+CONFIGS = {
+    ("sm_90", 128): WholeConfig(128, 64, 128, 8, 2),
+    ("sm_90", 256): WholeConfig(128, 64, 256, 8, 2),
+}
+_LEAST_FILL = 0.85
+"""How much of the chip's units programs must fill, in the last round of them too, on average: a program keeps its rows
+to the end, where two products have columns to share out as well."""
+
+
+def serves(x: Tensor, weight1: Tensor, weight2: Tensor, architecture: str) -> bool:
+    """True if the kernel takes these arguments and its figures on `architecture` are better than two products'."""
+    d_hidden, d_model = weight1.shape
+    config = CONFIGS.get((architecture, d_model))
+    return (
+        config is not None and x.element_size() == 2 and weight2.shape[0] == d_model
+        and d_hidden % config.block_n == 0 and d_hidden >= 4 * d_model
+        and weight1.stride(1) == weight2.stride(1) == 1
+        and _fill(x.numel() // d_model, config, launch.compute_units(x.device.index)) >= _LEAST_FILL
+    )  # fmt: skip
+
+
+def _fill(rows: int, config: WholeConfig, units: int) -> float:
+    programs = triton.cdiv(rows, config.block_m)
+    return programs / (max(triton.cdiv(programs, units), 1) * units)
+
+
+def whole_ffn(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, residual: Tensor | None,
+    activation: str, config: WholeConfig | None = None,
+) -> Tensor:  # fmt: skip
+    """Launch the kernel on arguments that `serves` is true of; `x` and `residual` are ``[..., d_model]``."""
+    d_hidden, d_model = weight1.shape
+    if config is None:
+        config = CONFIGS[launch.architecture(x.device.index), d_model]
+    flat = _rows(x)
+    rows = flat.shape[0]
+    out = torch.empty((rows, d_model), dtype=x.dtype, device=x.device)
+    if rows == 0:
+        return out.view(x.shape)
+    added = out if residual is None else _rows(residual)
+    with launch.on_device_of(x):
+        whole_ffn_kernel[(triton.cdiv(rows, config.block_m),)](
+            flat, weight1, out if bias1 is None else bias1.contiguous(), weight2,
+            out if bias2 is None else bias2.contiguous(), added, out,
+            flat.stride(0), weight1.stride(0), weight2.stride(0), added.stride(0), rows, d_hidden,
+            ACTIVATION=activation, HAS_BIAS1=bias1 is not None, HAS_BIAS2=bias2 is not None,
+            HAS_RESIDUAL=residual is not None, CHUNKS=d_model // config.block_d, BLOCK_D=config.block_d,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            num_warps=config.num_warps, num_stages=config.num_stages, **launch.COMPILE_OPTIONS,
+        )  # fmt: skip
+    return out.view(x.shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` as ``[rows, width]`` with unit column stride."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
