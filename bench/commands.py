@@ -139,3 +139,36 @@ def roofline(
         run(shape, batch, seq, gpu.split(","), launch_us, details)
     except ValueError as error:
         raise _fail(str(error)) from None
+
+
+@app.command()
+def tune(
+    operations: Annotated[list[str] | None, typer.Argument(help="Operations to measure; all if none is given.")] = None,
+    rows: Annotated[str, typer.Option(help="Numbers of tokens, comma-separated.")] = "1024,4096,16384",
+    model: Annotated[str, typer.Option(help="A model's widths, as for roofline.")] = "bert-base",
+    d_model: Annotated[int | None, typer.Option(help="Another width.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Another hidden width.")] = None,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    export: Annotated[Path | None, typer.Option(help="Also write this GPU's choices to a table file.")] = None,
+    reset: Annotated[bool, typer.Option("--reset", help="Forget what was measured before.")] = False,
+) -> None:
+    """Measure the ways to do the same on this machine's GPU and keep the fastest for later calls."""
+    from filelock import Timeout
+
+    from .roofline import MODELS
+    from .tune import TuneError, run
+
+    if model not in MODELS:
+        raise _fail(f"unknown model {model!r}, expected one of {', '.join(MODELS)}")
+    shape = MODELS[model]
+    try:
+        counts = [int(n) for n in rows.split(",")]
+    except ValueError:
+        raise _fail(f"--rows: expected numbers, comma-separated, got {rows!r}") from None
+    width = shape.d_model if d_model is None else d_model
+    wide = shape.dim_feedforward if hidden is None else hidden
+    try:
+        status = run(operations or [], counts, width, wide, dtype, export, reset)
+    except (TuneError, OSError, Timeout) as error:  # OSError: a file that cannot be written
+        raise _fail(str(error)) from None
+    raise typer.Exit(status)

@@ -47,7 +47,7 @@ def _inference(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *inputs: call(*(t.detach() for t in inputs))
 
 
-def _calls() -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[int, ...]], torch.dtype]]:
+def _calls(arch: str) -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[int, ...]], torch.dtype]]:
     """Case, call, shapes of the inputs and dtype; forward and backward of each call are recorded."""
     half_heads = [(HALF, d) for d in (16, 32, 64, 128, 256)]
     for dtype, head in [*half_heads, (BRAIN, 64), *((FLOAT, d) for d in (16, 32, 64, 128, 256))]:
@@ -79,6 +79,8 @@ def _calls() -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[int, ...]]
     )
     yield "float16 head 64 packed, window, 4 heads share a key head", packed, [(800, 8, 64), *[(800, 2, 64)] * 2], HALF
     yield "float16 head 80", attention, [(2, 4, 512, 80)] * 3, HALF
+    for head in (16, 64, 128, 256):  # a query without a gradient: delta has a kernel of its own then
+        yield f"float16 head {head}, frozen query", _frozen_query, [(2, 4, 512, head)] * 3, HALF
 
     def rows(width: int) -> list[tuple[int, ...]]:
         return [(4096, width), (4096, width), (width,), (width,)]
@@ -114,6 +116,8 @@ def _calls() -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[int, ...]]
     for fused in (True, False):
         way = "" if fused else " unfused"
         for option, arguments in variants.items():
+            if not fused and "recompute" not in option:  # the pointwise kernels differ by the activation alone
+                continue
             yield f"float16 {option}{way}", functools.partial(ffn, fused=fused, **arguments), block, HALF
         for dtype in (HALF, FLOAT):
             gated = functools.partial(ffn, fused=fused, gated=True, activation="silu")
@@ -128,7 +132,7 @@ def _calls() -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[int, ...]]
     yield "float16 linear_act", linear_act, block[:3], HALF
 
     ids = torch.empty(32, 128, dtype=torch.int64, device="meta")
-    for dtype, width in [(t, w) for t in (HALF, FLOAT) for w in (64, 384, 768, 1024, 4096, 8192, 16384)]:
+    for dtype, width in [*((HALF, w) for w in (64, 384, 768, 1024, 4096, 16384)), (FLOAT, 768), (FLOAT, 4096)]:
         rows: list[tuple[int, ...]] = [(30522, width), (512, width), (2, width), (width,), (width,)]
         embed: Any = functools.partial(embed_norm, ids, token_type_ids=ids)
         yield f"{_name(dtype)} embed width {width}", embed, rows, dtype
@@ -155,6 +159,19 @@ def _calls() -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[int, ...]]
         name = f"{_name(dtype)} rotary head {head}, {rotary_dim} rotated{', neighbours' if interleaved else ''}"
         yield name, rotated(interleaved, rotary_dim), [(2, 12, 512, head)] * 2, dtype
 
+    from fusenc.kernels.ffn import triton_whole
+
+    for (chip, width), config in triton_whole.CONFIGS.items():
+        if chip == arch:  # no other launches it
+            narrow: list[tuple[int, ...]] = [(16384, width), (4 * width, width), (4 * width,), (width, 4 * width),
+                                             (width,), (16384, width)]  # fmt: skip
+            whole: Any = functools.partial(triton_whole.whole_ffn, activation="gelu", config=config)
+            yield f"float16 width {width} whole block", whole, narrow, HALF
+
+
+def _frozen_query(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return attention(query.detach(), key, value)
+
 
 def _biased_add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor, **options: Any) -> Any:
     return add_norm(x, residual, weight, bias, x_bias=x_bias, **options)
@@ -170,7 +187,7 @@ def _streamed_add_norm(x: Tensor, residual: Tensor, weight: Tensor, **options: A
 def units(arch: str) -> tuple[Unit, ...]:
     """All units of a chip, each distinct launch once, under the first case that makes it."""
     found: dict[str, Unit] = {}
-    for case, call, shapes, dtype in _calls():
+    for case, call, shapes, dtype in _calls(arch):
         # Half the inputs of a real call are views of one projection; here each has memory of its own, aligned.
         inputs = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes]
         with record_launches(arch) as launches:
@@ -187,7 +204,7 @@ def units(arch: str) -> tuple[Unit, ...]:
 
 def kernels() -> list[str]:
     """The names of all shipped kernels, in order of appearance."""
-    return list(dict.fromkeys(unit.kernel for unit in units("")))
+    return list(dict.fromkeys(unit.kernel for arch in ("", "sm_90") for unit in units(arch)))
 
 
 def chosen(names: list[str], arch: str) -> list[Unit]:

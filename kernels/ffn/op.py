@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import backend, dropout, operator
+from ..common import backend, dropout, launch, operator
 from . import eager
 
 RECOMPUTE = (False, "activation", True)
@@ -30,7 +30,14 @@ def forward(
     """Output, and as far as asked for pre-activation and activation, ``[rows, ...]``, on the backend of `x`."""
     if backend.use_triton(x):
         from .triton_forward import ffn_forward
+        from .triton_whole import serves, whole_ffn
 
+        keeps = save_hidden or save_activated or seed is not None or out_seed is not None
+        if (
+            not (keeps or gated) and fused is not False and (residual is None or residual.dtype is x.dtype)
+            and serves(x, weight1, weight2, launch.architecture(x.device.index))
+        ):  # fmt: skip
+            return whole_ffn(x, weight1, bias1, weight2, bias2, residual, activation), None, None
         out, hidden, activated = ffn_forward(
             x, weight1, bias1, weight2, bias2, residual, seed, out_seed, dropout_p, out_dropout_p, activation, gated,
             fused, save_hidden,

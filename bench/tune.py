@@ -1,0 +1,328 @@
+"""`fusenc tune`: measure ways to do the same on this GPU and keep the fastest; docs/tuning.md says how."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from filelock import FileLock
+from fusenc.kernels.common import tuned
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+Call = Callable[[], Sequence[Tensor]]
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+LARGEST_DIFFERENCE = 16.0
+"""Of a candidate from the reference, in units of eps times the largest value: sums of some thousand terms in another
+order, and intermediate results rounded once more. A wrong index or a lost mask differs by the values themselves."""
+
+ROUNDS = 21
+WARM_UP = 3
+LOCK_SECONDS = 60.0
+
+
+class TuneError(Exception):
+    """What was asked for cannot be tuned; the message says why."""
+
+
+@dataclass
+class Tunable:
+    """One operation at one size and the ways to do it."""
+
+    operation: str
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    """As the library passes them to `tuned.choice`."""
+    candidates: Mapping[str, Call]
+    """By the name that `tuned.choice` returns; each gives its results."""
+    reference: Call
+    """Gives what every candidate's results are compared with."""
+
+
+class Device(Protocol):
+    """What measures."""
+
+    name: str
+
+    def seconds(self, call: Call) -> float:
+        """Time of one call on the device, its caches cold."""
+
+
+class Gpu:
+    """The current GPU, with times from its own events."""
+
+    def __init__(self) -> None:
+        self.name = str(tuned.gpu_name(torch.cuda.current_device()))
+        cache = int(getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0))
+        # Writing twice the L2 cache's size pushes the operands out, and takes longer than the host needs to launch.
+        self._flush = torch.empty(max(2 * cache, 64 << 20), dtype=torch.uint8, device="cuda")
+
+    def seconds(self, call: Call) -> float:
+        """Time of one call between two events."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return 1e-3 * float(start.elapsed_time(end))
+
+
+@dataclass
+class Measured:
+    """One tunable's outcome."""
+
+    tunable: Tunable
+    seconds: dict[str, float]
+    """Medians of the candidates whose results are right."""
+    refused: dict[str, str]
+    """Why a candidate does not take part."""
+
+    @property
+    def winner(self) -> str | None:
+        """The fastest candidate, None if all were refused."""
+        return min(self.seconds, key=lambda name: self.seconds[name]) if self.seconds else None
+
+
+def measure(tunable: Tunable, device: Device, rounds: int = ROUNDS) -> Measured:
+    """Check the candidates, then time them in turns, so that a slow moment hits all alike."""
+    expected = tunable.reference()
+    refused: dict[str, str] = {}
+    for name, call in tunable.candidates.items():
+        try:
+            if fault := _difference(call(), expected, tunable.dtype):
+                refused[name] = fault
+        except Exception as error:  # a chip may lack what a candidate needs; the others still serve
+            refused[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    running = [name for name in tunable.candidates if name not in refused]
+    seconds: dict[str, list[float]] = {name: [] for name in running}
+    for i in range(-WARM_UP, rounds):
+        for name in running if i % 2 else reversed(running):
+            taken = device.seconds(tunable.candidates[name])
+            if i >= 0:
+                seconds[name].append(taken)
+    return Measured(tunable, {name: statistics.median(taken) for name, taken in seconds.items()}, refused)
+
+
+def _difference(got: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> str:
+    """What is wrong with the results, nothing if they are right."""
+    if len(got) != len(expected):
+        return f"{len(got)} results, expected {len(expected)}"
+    for i, (g, e) in enumerate(zip(got, expected, strict=True)):
+        if g.shape != e.shape:
+            return f"result {i} has shape {tuple(g.shape)}, expected {tuple(e.shape)}"
+        if not e.numel():
+            continue
+        difference = float((g.double() - e.double()).abs().max())
+        allowed = LARGEST_DIFFERENCE * torch.finfo(dtype).eps * float(e.double().abs().max())
+        if not difference <= allowed:  # also catches NaN
+            return f"result {i} differs by {difference:.2e}, allowed {allowed:.2e}"
+    return ""
+
+
+Size = tuple[int, int, int]
+"""Rows, d_model, d_hidden."""
+
+
+def _ffn_tensors(size: Size, dtype: torch.dtype) -> list[Tensor]:
+    rows, d_model, hidden = size
+    shapes = ((rows, d_model), (hidden, d_model), (hidden,), (d_model, hidden), (d_model,))
+    x, w1, b1, w2, b2 = (torch.randn(shape, dtype=dtype, device="cuda") for shape in shapes)
+    return [x, w1 / d_model**0.5, b1, w2 / hidden**0.5, b2]
+
+
+def _without_gradients(call: Callable[[], Tensor]) -> Call:
+    def run() -> Sequence[Tensor]:
+        with torch.no_grad():
+            return [call()]
+
+    return run
+
+
+def _eager(call: Callable[[], Sequence[Tensor]]) -> Call:
+    def run() -> Sequence[Tensor]:
+        import fusenc
+
+        with fusenc.kernels.use_backend("eager"):
+            return call()
+
+    return run
+
+
+def _ffn_forward(size: Size, dtype: torch.dtype) -> Tunable:
+    from fusenc import kernels
+
+    rows, d_model, hidden = size
+    x, w1, b1, _, _ = _ffn_tensors(size, dtype)
+    linear_act: Any = kernels.linear_act  # type: ignore[attr-defined]
+    ways = {
+        name: _without_gradients(lambda fused=name == "fused": linear_act(x, w1, b1, "gelu", fused=fused))  # type: ignore[misc]
+        for name in ("fused", "unfused")
+    }
+    return Tunable("ffn_forward", dtype, (rows, hidden, d_model), ways, _eager(ways["unfused"]))
+
+
+def _ffn_output(size: Size, dtype: torch.dtype) -> Tunable:
+    from fusenc.kernels.ffn import triton_forward
+
+    rows, d_model, hidden = size
+    residual, _, _, weight, bias = _ffn_tensors(size, dtype)
+    activated = torch.randn(rows, hidden, dtype=dtype, device="cuda")
+    output: Any = triton_forward.output_forward  # type: ignore[attr-defined]
+    ways = {
+        name: _without_gradients(
+            lambda fused=name == "fused": output(activated, weight, bias, residual, None, 0.0, fused)  # type: ignore[misc]
+        )
+        for name in ("fused", "unfused")
+    }
+    reference = _without_gradients(lambda: residual + torch.nn.functional.linear(activated, weight, bias))
+    return Tunable("ffn_output", dtype, (rows, d_model, hidden), ways, reference)
+
+
+def _ffn_backward(size: Size, dtype: torch.dtype) -> Tunable:
+    from fusenc import kernels
+
+    rows, d_model, hidden = size
+    leaves = [t.detach().requires_grad_() for t in _ffn_tensors(size, dtype)]
+    ffn: Any = kernels.ffn
+    upstream = torch.randn(rows, d_model, dtype=dtype, device="cuda")
+
+    def way(fused: bool) -> Call:
+        graph: list[Tensor] = []
+
+        def run() -> Sequence[Tensor]:
+            if not graph:  # the forward pass happens once, outside what is measured
+                graph.append(ffn(*leaves, fused=fused))
+            return torch.autograd.grad(graph[0], leaves, upstream, retain_graph=True)
+
+        return run
+
+    ways = {name: way(name == "fused") for name in ("fused", "unfused")}
+    return Tunable("ffn_backward", dtype, (rows, hidden, d_model), ways, _eager(way(False)))
+
+
+TUNABLES: dict[str, Callable[[Size, torch.dtype], Tunable]] = {
+    "ffn_forward": _ffn_forward, "ffn_output": _ffn_output, "ffn_backward": _ffn_backward,
+}  # fmt: skip
+"""What `fusenc tune` knows, by operation: makes one tunable of a size."""
+
+
+def add_choices(file: Path, sections: Mapping[str, Mapping[str, str]]) -> None:
+    """Merge choices into a table, which is made if it is not there.
+
+    Under a lock, so that of two writers at once neither loses anything, and by replacing the file as a whole, so that
+    a process killed at any moment leaves the old table. One that cannot be read is replaced.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(file.name + ".lock"), timeout=LOCK_SECONDS):
+        try:
+            merged = tuned.read_table(file)
+        except (OSError, ValueError, RecursionError):
+            merged = {}
+        for section, choices in sections.items():
+            merged[section] = {**merged.get(section, {}), **choices}
+        _replace(file, {"fusenc_table": tuned.VERSION, "choices": merged})
+
+
+def _replace(file: Path, table: Any) -> None:
+    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            json.dump(table, out, indent=1, sort_keys=True)
+            out.write("\n")
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(name, 0o644)  # mkstemp's files are private; a table may be a team's
+        os.replace(name, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def find_device() -> Device | None:
+    """The GPU, None where there is none."""
+    return Gpu() if torch.cuda.is_available() else None
+
+
+def tune(
+    tunables: Iterable[Callable[[], Tunable]], device: Device, file: Path, rounds: int = ROUNDS
+) -> Iterator[Measured]:
+    """Measure one after the other; each winner is written at once, so that stopping loses none."""
+    section = tuned.section_of(device.name)
+    for make in tunables:
+        measured = measure(make(), device, rounds)
+        if measured.winner is not None:
+            of = measured.tunable
+            add_choices(file, {section: {tuned.text_of(of.operation, of.dtype, of.sizes): measured.winner}})
+        tuned.forget()
+        yield measured
+
+
+def run(
+    operations: Sequence[str], rows: Sequence[int], d_model: int, hidden: int, dtype: str, export: Path | None,
+    reset: bool,
+) -> int:  # fmt: skip
+    """Tune and print; the exit status is 1 if an operation was left without a choice.
+
+    Raises:
+        TuneError: an unknown operation or dtype, a size that is not positive, no GPU, a lock that is not given free.
+    """
+    for name in operations:
+        if name not in TUNABLES:
+            raise TuneError(f"unknown operation {name!r}, expected one of {', '.join(TUNABLES)}")
+    if dtype not in DTYPES:
+        raise TuneError(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+    for option, value in (*(("--rows", n) for n in rows), ("--d-model", d_model), ("--hidden", hidden)):
+        if value < 1:
+            raise TuneError(f"{option}: expected at least 1, got {value}")
+    device = find_device()
+    if device is None:
+        raise TuneError("tune measures on a GPU, and torch finds none here")
+    file = tuned.cache_file()
+    if reset:
+        file.unlink(missing_ok=True)
+        tuned.forget()
+    work = [
+        lambda make=TUNABLES[name], n=n: make((n, d_model, hidden), DTYPES[dtype])  # type: ignore[misc]
+        for name in operations or TUNABLES
+        for n in rows
+    ]
+    console = Console()
+    table = Table("operation", "sizes", "candidate", "median us", "verdict", title=device.name, title_justify="left")
+    without_choice = 0
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(work))
+        for measured in tune(work, device, file):
+            progress.advance(task)
+            without_choice += measured.winner is None
+            _add_rows(table, measured)
+    console.print(table)
+    console.print(f"Written to {file}", soft_wrap=True)
+    if export is not None:
+        section = tuned.section_of(device.name)
+        add_choices(export, {section: tuned.read_table(file).get(section, {}) if file.exists() else {}})
+        console.print(f"Written to {export}; {tuned.ENVIRONMENT}={export} makes it count", soft_wrap=True)
+    return 1 if without_choice else 0
+
+
+def _add_rows(table: Table, measured: Measured) -> None:
+    of = measured.tunable
+    for name in of.candidates:
+        if name in measured.refused:
+            cells = "", f"[red]refused: {measured.refused[name]}[/red]"
+        else:
+            cells = f"{1e6 * measured.seconds[name]:.1f}", "chosen" if name == measured.winner else ""
+        table.add_row(of.operation, " x ".join(map(str, of.sizes)), name, *cells)
