@@ -150,6 +150,23 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         """The layer on ``[B, L, E]``, ``[L, B, E]`` or, packed, ``[T, E]``."""
         parts: Any = self._modules
         norm1, norm2, dropout1, dropout2 = parts["norm1"], parts["norm2"], parts["dropout1"], parts["dropout2"]
+        activation = activation_name(self.activation)
+        if activation is not None:
+            attn, dropout = parts["self_attn"], parts["dropout"]
+            weights = kernels.LayerWeights(
+                attn.in_proj_weight, attn.in_proj_bias, attn.out_proj.weight, attn.out_proj.bias, norm1.weight,
+                norm1.bias, *_parameters(parts["linear1"]), *_parameters(parts["linear2"]), norm2.weight, norm2.bias,
+            )  # fmt: skip
+            return kernels.encoder_layer(
+                x, weights, attn.num_heads, attn_mask=mask, is_causal=is_causal,
+                cu_seqlens=None if packing is None else packing.cu_seqlens,
+                max_seqlen=0 if packing is None else packing.longest,
+                batch_first=batch_first, norm_first=self.norm_first, activation=activation,
+                eps1=norm1.eps, eps2=norm2.eps,
+                attn_dropout_p=attn.dropout if attn.training else 0.0, dropout1_p=_rate(dropout1),
+                dropout_p=_rate(dropout), dropout2_p=_rate(dropout2),
+            )  # fmt: skip
+        # An activation that the kernels do not have: the parts one by one.
         if not self.norm_first:
             attended = self._attention(x, batch_first, mask, is_causal, packing)
             x = _add_norm(attended, x, norm1, dropout1)
@@ -180,14 +197,15 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         parts: Any = self._modules
-        linear1, linear2, dropout = parts["linear1"], parts["linear2"], parts["dropout"]
-        activation = activation_name(self.activation)
-        if activation is None:
-            return linear2(dropout(self.activation(linear1(x))))
-        return kernels.ffn(
-            x, linear1.weight, linear1.bias, linear2.weight, linear2.bias,
-            activation=activation, dropout_p=dropout.p, training=dropout.training,
-        )  # fmt: skip
+        return parts["linear2"](parts["dropout"](self.activation(parts["linear1"](x))))
+
+
+def _parameters(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    return linear.weight, linear.bias
+
+
+def _rate(dropout: nn.Dropout) -> float:
+    return dropout.p if dropout.training else 0.0
 
 
 def _batch_and_length(src: Tensor, batch_first: bool) -> tuple[int, int]:

@@ -100,7 +100,6 @@ def test_attentions_backward_does_seven_products(passes):
         "add_norm_forward_kernel",
         "add_norm_backward_kernel",
         "column_sums_kernel",
-        "delta_kernel",
         "activation_kernel",
         "activation_gradient_kernel",
         "dropout_add_kernel",
