@@ -258,14 +258,14 @@ def embed_cases() -> list[Case]:
         ):
             finish = (lambda out, u=upstream: out.backward(u)) if given is leaves else (lambda out: None)  # type: ignore[misc]
             sides = [lambda f=f, g=given, end=finish: end(f(g)) for f in (theirs, ours)]  # type: ignore[misc]
-            cases.append(Case(f"{name}, {kind}", *sides, calls, target, "F.embedding, F.layer_norm"))
-    for shape in ((8, 12, 128, 64), (1, 1, 8, 64)):
-        tiny = shape[0] == 1
-        heads = [torch.randn(shape, generator=generator) for _ in range(2)]
+            cases.append(Case(f"{name}, {kind}", sides[0], sides[1], calls, target, "F.embedding, F.layer_norm"))
+    for size in ((8, 12, 128, 64), (1, 1, 8, 64)):
+        tiny = size[2] == 8
+        heads = [torch.randn(size, generator=generator) for _ in range(2)]
         heads = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in heads]
         leaves = [t.clone().requires_grad_() for t in heads]
-        tables = fusenc.kernels.rotary_tables(shape[2], shape[3])
-        doubled = [torch.cat((t, t), -1)[None] for t in tables]
+        turns = fusenc.kernels.rotary_tables(size[2], size[3])
+        doubled = [torch.cat((t, t), -1)[None] for t in turns]
 
         def turned(x: torch.Tensor) -> torch.Tensor:
             a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
@@ -275,8 +275,8 @@ def embed_cases() -> list[Case]:
             cos, sin = (t.unsqueeze(1) for t in doubled)
             return [(x * cos) + (turned(x) * sin) for x in (q, k)]
 
-        def fused(q: Any, k: Any, tables: Any = tables) -> Any:
-            return rotary(q, k, *tables)
+        def fused(q: Any, k: Any, turns: Any = turns) -> Any:
+            return rotary(q, k, *turns)
 
         for kind, given, calls, target in (
             ("no gradients", heads, 500 if tiny else 10, 1 / 1.3 if tiny else 1.0),
@@ -288,8 +288,8 @@ def embed_cases() -> list[Case]:
                 else (lambda out: None)
             )
             sides = [lambda f=f, g=given, end=finish: end(f(*g)) for f in (composed, fused)]  # type: ignore[misc]
-            name = f"rotary {'x'.join(map(str, shape))}, {kind}"
-            cases.append(Case(name, *sides, calls, target, "apply_rotary_pos_emb"))
+            name = f"rotary {'x'.join(map(str, size))}, {kind}"
+            cases.append(Case(name, sides[0], sides[1], calls, target, "apply_rotary_pos_emb"))
     return cases
 
 

@@ -117,8 +117,8 @@ def _options() -> Iterator[tuple[str, str, Callable[..., Tensor], list[tuple[int
         "rms": {"norm": "rms"}, "no eps": {"eps": 0.0}, "float32 sum": {"residual_in_fp32": True},
         "zero-centred weight": {"zero_centered_weight": True}, "recompute": {"recompute": True, "dropout_p": 0.2},
     }  # fmt: skip
-    for name, arguments in norms.items():
-        yield "add_norm", name, functools.partial(add_norm, **arguments), rows, torch.float16
+    for name, given in norms.items():
+        yield "add_norm", name, functools.partial(add_norm, **given), rows, torch.float16
     biased = lambda x, r, w, b, x_bias: add_norm(x, r, w, b, x_bias=x_bias, dropout_p=0.2)  # noqa: E731
     yield "add_norm", "x_bias, dropout", biased, [*rows, (100,)], torch.float16
     yield "add_norm", "width 20000", add_norm, [(3, 20000), (3, 20000), (20000,), (20000,)], torch.float16
@@ -132,8 +132,8 @@ def _options() -> Iterator[tuple[str, str, Callable[..., Tensor], list[tuple[int
         "quick_gelu": {"activation": "quick_gelu"}, "relu2": {"activation": "relu2"},
         "silu, recompute": {"activation": "silu", "recompute": True},
     }  # fmt: skip
-    for name, arguments in variants.items():
-        yield "ffn", name, functools.partial(ffn, **arguments), block, torch.float16
+    for name, given in variants.items():
+        yield "ffn", name, functools.partial(ffn, **given), block, torch.float16
     pairs: list[tuple[int, ...]] = [(75, 48), (200, 48), (200,), (40, 100), (40,), (75, 40)]
     for fused in (True, False):
 

@@ -133,16 +133,16 @@ def _calls(arch: str) -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[i
 
     ids = torch.empty(32, 128, dtype=torch.int64, device="meta")
     for dtype, width in [*((HALF, w) for w in (64, 384, 768, 1024, 4096, 16384)), (FLOAT, 768), (FLOAT, 4096)]:
-        rows: list[tuple[int, ...]] = [(30522, width), (512, width), (2, width), (width,), (width,)]
+        embedded: list[tuple[int, ...]] = [(30522, width), (512, width), (2, width), (width,), (width,)]
         embed: Any = functools.partial(embed_norm, ids, token_type_ids=ids)
-        yield f"{_name(dtype)} embed width {width}", embed, rows, dtype
-    rows = [(30522, 768), (512, 768), (2, 768), (768,), (768,)]
+        yield f"{_name(dtype)} embed width {width}", embed, embedded, dtype
+    embedded = [(30522, 768), (512, 768), (2, 768), (768,), (768,)]
     choices: dict[str, dict[str, Any]] = {
         "dropout": {"dropout_p": 0.1}, "position ids, no type ids": {"position_ids": ids},
         "RMSNorm": {"norm": "rms"},
     }  # fmt: skip
     for option, arguments in choices.items():
-        yield f"float16 embed width 768 {option}", functools.partial(embed_norm, ids, **arguments), rows, HALF
+        yield f"float16 embed width 768 {option}", functools.partial(embed_norm, ids, **arguments), embedded, HALF
 
     def rotated(interleaved: bool, rotary_dim: int) -> Callable[..., Tensor]:
         def call(query: Tensor, key: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class AddNorm(torch.autograd.Function):
         saved = ctx.saved_tensors
         dout = torch.zeros_like(saved[0], dtype=ctx.dtype) if dout is None else dout
         wanted = _wanted(ctx.needs_input_grad[:5], ctx.dtypes)
-        return (*backward(dout, dsum, *saved, ctx.options, ctx.recompute, wanted), None, None, None, None)
+        return (*backward(dout, dsum, *saved, ctx.options, ctx.recompute, wanted), None, None, None, None)  # type: ignore[call-arg]
 
 
 def _operator_forward(
@@ -114,7 +114,7 @@ def _fake_forward(
 
 def _operator_backward(*args: Any) -> tuple[Tensor, ...]:
     tensors, options, recompute, wanted = args[:9], Options(*args[9:14]), args[14], Wanted(*args[15:])
-    dx, dz, *sums = backward(*tensors, options, recompute, wanted)
+    dx, dz, *sums = backward(*tensors, options, recompute, wanted)  # type: ignore[call-arg]
     if _one_gradient(tensors[8], wanted):
         dx = None
     return tuple(args[0].new_empty(0) if grad is None else grad.contiguous() for grad in (dx, dz, *sums))

@@ -263,7 +263,7 @@ def add_norm_backward(
     dtypes = (wanted.weight, wanted.bias, wanted.x_bias)
     if dout.numel() == 0:
         zeros = (None if dtype is None else torch.zeros(width, dtype=dtype, device=device) for dtype in dtypes)
-        return dz if shared else dx, dz, *zeros
+        return dz if shared else dx, dz, *zeros  # type: ignore[return-value]
     per_chunk = smallest_item(flat_do, flat_x, flat_r)
     warp = lanes(device.index)
     many = wanted.x_bias is not None or (recompute and seed is not None)
@@ -309,4 +309,4 @@ def add_norm_backward(
         None if partial is None or dtype is None else sums.add(partial, dtype)
         for partial, dtype in zip(partials, dtypes, strict=True)
     )  # fmt: skip
-    return dz if shared else dx, dz, *summed
+    return dz if shared else dx, dz, *summed  # type: ignore[return-value]

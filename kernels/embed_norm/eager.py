@@ -155,8 +155,9 @@ def embed_norm_backward(
             grads[1] = rows_of(tables.position, tables.position_ids.expand(tables.ids.shape))
         else:
             length = tables.ids.shape[-1]
-            grads[1] = dz.new_zeros(tables.position.shape)
-            grads[1][:length] = dz.view(tables.ids.shape.numel() // max(length, 1), length, width).sum(0)
+            dposition = dz.new_zeros(tables.position.shape)
+            grads[1] = dposition
+            dposition[:length] = dz.view(tables.ids.shape.numel() // max(length, 1), length, width).sum(0)
     if needs[2] and tables.type is not None:
         none = tables.type_ids is None
         grads[2] = rows_of(tables.type, torch.zeros_like(tables.ids) if none else tables.type_ids)  # type: ignore[arg-type]

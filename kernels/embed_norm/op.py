@@ -33,7 +33,7 @@ def forward(tables: Tables, options: Options, store_statistics: bool) -> tuple[T
 
 
 def backward(
-    dout: Tensor, mean: Tensor | None, rstd: Tensor, tables: Tables, options: Options, needs: Sequence[bool]
+    dout: Tensor, mean: Any, rstd: Tensor, tables: Tables, options: Options, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients of the five tables, each only if `needs` says so, on whichever backend serves the word table."""
     if backend.use_triton(tables.word):
@@ -41,7 +41,7 @@ def backward(
         from .triton_backward import embed_norm_backward
 
         sums = ColumnSums()
-        grads = embed_norm_backward(dout, mean, rstd, tables, options, needs, sums)
+        grads = embed_norm_backward(dout, mean, rstd, tables, options, needs, sums)  # type: ignore[arg-type]
         sums.launch()
         return grads
     return eager.embed_norm_backward(dout, mean, rstd, tables, options, needs)

@@ -346,14 +346,14 @@ def embed_norm_backward(
     if needs[1] and tables.position_ids is not None:
         grads[1] = segment_sums(dz, pointers[4], counts[1], dtype)
     elif needs[1]:
-        grads[1] = torch.empty((counts[1], width), dtype=dtype, device=device)
-        grads[1][length:].zero_()
-        sums.add(dz.view(-1, length * width), dtype, grads[1][:length].view(-1))
+        grads[1] = dposition = torch.empty((counts[1], width), dtype=dtype, device=device)
+        dposition[length:].zero_()
+        sums.add(dz.view(-1, length * width), dtype, dposition[:length].view(-1))
     if types:
-        grads[2] = torch.empty((counts[2], width), dtype=dtype, device=device)
-        grads[2][types:].zero_()
+        grads[2] = dtype_rows = torch.empty((counts[2], width), dtype=dtype, device=device)
+        dtype_rows[types:].zero_()
         for i in range(types):
-            sums.add(partial[:, held_norm + i], dtype, grads[2][i])
+            sums.add(partial[:, held_norm + i], dtype, dtype_rows[i])
     elif needs[2]:
         ids = pointers[5] if tables.type_ids is not None else torch.zeros_like(pointers[3])
         grads[2] = segment_sums(dz, ids, counts[2], dtype)

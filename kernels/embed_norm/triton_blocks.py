@@ -121,7 +121,7 @@ def tiling(width: int) -> Tiling:
     sizes = [max(16, launch.power_of_2(width)) >> shift for shift in range(4)]
     chunk = min((c for c in sizes if c >= 16), key=lambda c: (-(-width // c) * c, -c))
     chunks = -(-width // chunk)
-    num_warps = max(4, min(chunk // 256, 16)) * (2 if chunks > 4 else 1)
+    num_warps = max(4, min(chunk // 256, 16)) * (2 if chunks > 2 else 1)
     block_m = max(1, 1024 // chunk)
     return Tiling(block_m, chunk, chunks, num_warps, chunk * chunks == width, width <= _HELD_WIDTH)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,13 +38,13 @@ def _self_attention(x: Tensor, w: LayerWeights, masks: Masks, options: Options) 
     dropout_p = options.dropouts.attention
     if masks.cu_seqlens is not None:
         starts, longest = masks.cu_seqlens, masks.max_seqlen
-        out = attention_varlen(
+        out: Any = attention_varlen(
             query, key, value, starts, starts, longest, longest, masks.attn_mask, dropout_p, masks.is_causal
         )
         out = out.reshape(x.shape)
     else:
         order = (0, 2, 1, 3) if options.batch_first else (1, 2, 0, 3)
-        views = (t.permute(order) for t in (query, key, value))
-        out = attention(*views, masks.attn_mask, dropout_p, masks.is_causal)
+        query, key, value = (t.permute(order) for t in (query, key, value))
+        out = attention(query, key, value, masks.attn_mask, dropout_p, masks.is_causal)
         out = (out.transpose(1, 2) if options.batch_first else out.permute(2, 0, 1, 3)).reshape(x.shape)
     return F.linear(out, w.out_proj_weight, w.out_proj_bias)

@@ -18,7 +18,7 @@ from ..common import operator
 from .arguments import LayerWeights, Masks, Options
 
 _WEIGHTS = len(LayerWeights._fields)
-_Saved = list[Tensor | None]
+_Saved = list[Any]
 
 
 def new_seeds(src: Tensor, options: Options) -> list[Tensor | None]:
@@ -91,10 +91,11 @@ def backward(
     from ..ffn.triton_backward import ffn_backward
 
     first, qkv, attended, statistics, sum1, mean1, rstd1, between, hidden, activated, sum2, mean2, rstd2 = saved
-    needs_src, needs_weights, needs_mask = needs[0], LayerWeights(*needs[1 : 1 + _WEIGHTS]), needs[1 + _WEIGHTS]
+    needs_src, needs_mask = needs[0], needs[1 + _WEIGHTS]
+    needs_weights: Any = LayerWeights(*needs[1 : 1 + _WEIGHTS])  # type: ignore[arg-type]
+    grads: dict[str, Any] = dict.fromkeys(LayerWeights._fields)
     p, dtype, sums = options.dropouts, dout.dtype, ColumnSums()
     norm1, norm2 = _norms(options)
-    grads = dict.fromkeys(LayerWeights._fields)
     do = dout.reshape(-1, dout.shape[-1])
 
     def norm_backward(
@@ -110,7 +111,7 @@ def backward(
         grads.update({name: grad for name, grad in zip((*names, bias), found, strict=True) if name})
         return dx, dz
 
-    def ffn_gradients(dy: Any, out_seed: Tensor | None, needs_bias2: bool, accumulate: Tensor | None) -> Tensor:
+    def ffn_gradients(dy: Any, out_seed: Tensor | None, needs_bias2: bool, accumulate: Tensor | None) -> Any:
         needed = (True, needs_weights.weight1, needs_weights.bias1, needs_weights.weight2, needs_bias2)
         dx, grads["weight1"], grads["bias1"], grads["weight2"], dbias2 = ffn_backward(
             dy, between, w.weight1, w.bias1, w.weight2, hidden, activated, seeds[2], out_seed, p.hidden, p.output,

@@ -30,13 +30,13 @@ def activate(x: Tensor, activation: str) -> Tensor:
 def activate_in_place(x: Tensor, activation: str) -> Tensor:
     """The same in the memory of `x`, for a pre-activation that nobody needs again."""
     if activation == "gelu":
-        return torch._C._nn.gelu_(x)
+        return torch._C._nn.gelu_(x)  # type: ignore[attr-defined]
     if activation == "relu":
         return torch.relu_(x)
     if activation == "silu":
         return F.silu(x, inplace=True)
     if activation == "gelu_tanh":
-        return torch._C._nn.gelu_(x, approximate="tanh")
+        return torch._C._nn.gelu_(x, approximate="tanh")  # type: ignore[attr-defined]
     if activation == "quick_gelu":
         return x.mul_(torch.sigmoid_(_QUICK * x))
     return torch.relu_(x).square_()

@@ -41,7 +41,7 @@ def test_a_script_without_and_with_an_overrun(tmp_path, capfd):
 
 def test_bad_targets():
     unknown = run("nope")
-    assert unknown.exit_code == 2 and "attention, add_norm, ffn, embed_norm, rotary" in unknown.output
+    assert unknown.exit_code == 2 and "attention, add_norm, ffn, linear_act, embed_norm" in unknown.output
     assert run("missing.py").exit_code == 2
 
 
@@ -67,7 +67,12 @@ def test_shipped_functions_are_clean_and_wrong_values_are_seen(monkeypatch, tmp_
     from fusenc.kernels.add_norm import triton_forward
 
     real = triton_forward.add_norm_forward
-    monkeypatch.setattr(triton_forward, "add_norm_forward", lambda *a: real(*a[:6], 1e-1, *a[7:]))  # another eps
+
+    def another_eps(*arguments):
+        *tensors, options, store_sum, store_statistics = arguments
+        return real(*tensors, options._replace(eps=0.1), store_sum, store_statistics)
+
+    monkeypatch.setattr(triton_forward, "add_norm_forward", another_eps)
     rows = verify.verify([])
     assert all("values" in row.fault for row in rows)
     assert torch.cuda.is_available is before  # the pretence of a GPU ends with the search
