@@ -259,8 +259,9 @@ def embed_cases() -> list[Case]:
             finish = (lambda out, u=upstream: out.backward(u)) if given is leaves else (lambda out: None)  # type: ignore[misc]
             sides = [lambda f=f, g=given, end=finish: end(f(g)) for f in (theirs, ours)]  # type: ignore[misc]
             cases.append(Case(f"{name}, {kind}", sides[0], sides[1], calls, target, "F.embedding, F.layer_norm"))
-    for size in ((8, 12, 128, 64), (1, 1, 8, 64)):
-        tiny = size[2] == 8
+    sizes: list[tuple[int, ...]] = [(8, 12, 128, 64), (1, 1, 8, 64)]
+    for size in sizes:
+        tiny = size[0] == 1
         heads = [torch.randn(size, generator=generator) for _ in range(2)]
         heads = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in heads]
         leaves = [t.clone().requires_grad_() for t in heads]
