@@ -37,7 +37,7 @@ class Table:
     def choose(self, query: Tensor, switches: Switches) -> Config:
         """The configuration for a call."""
         key = max(2, query.element_size()), max(switches.BLOCK_D, switches.BLOCK_DV)
-        own = self._of_architecture.get(_FAMILIES.get(launch.architecture(query.device.index), ""), {})
+        own = self._of_architecture.get(launch.family(query.device.index), {})
         if any(getattr(switches, name) not in (False, 0, "none") for name in self._crowded):
             own = {}
         config = own.get(key) or self._general[key]
@@ -47,14 +47,6 @@ class Table:
             )
         return config
 
-
-_FAMILIES = {
-    "sm_80": "ampere",
-    "sm_86": "ada", "sm_89": "ada", "sm_120": "ada",
-    "sm_90": "hopper", "sm_100": "hopper",
-    "gfx90a": "cdna", "gfx942": "cdna",
-}  # fmt: skip
-"""Chips that share configurations: by their matrix instructions, shared memory and registers."""
 
 # Evidence: `fusenc inspect` (the bounds without overlap are in docs/results.md; bench/machine_code/budget.csv holds the
 # tables to them). The general configurations fit the shared memory of the smallest chips (64 KiB on gfx942) and keep

@@ -32,6 +32,20 @@ def architecture(index: int | None) -> str:
     return f"sm_{major}{minor}"
 
 
+_FAMILIES = {
+    "sm_80": "ampere",
+    "sm_86": "ada", "sm_89": "ada", "sm_120": "ada",
+    "sm_90": "hopper", "sm_100": "hopper",
+    "gfx90a": "cdna", "gfx942": "cdna",
+}  # fmt: skip
+"""Chips that share configurations: by their matrix instructions, shared memory and registers."""
+
+
+def family(index: int | None) -> str:
+    """Which of the chips that share configurations a device is; nothing where no chip has its own."""
+    return _FAMILIES.get(architecture(index), "")
+
+
 def has_float8(index: int | None) -> bool:
     """True where the chip multiplies float8 numbers: NVIDIA's from sm_89 on. True where there is no chip to ask."""
     name = architecture(index)

@@ -33,7 +33,7 @@ def new_seeds(src: Tensor, options: Options) -> list[Tensor | None]:
 
 def forward(
     src: Tensor, w: LayerWeights, masks: Masks, seeds: Sequence[Tensor | None], options: Options, save: bool
-) -> tuple[Tensor, tuple[Inputs, AttentionOptions], _Saved]:
+) -> tuple[Tensor, _Saved]:
     """The output, and with `save` what the backward pass needs."""
     from ..add_norm.triton_forward import add_norm_forward
     from ..attention.triton_forward import attention_forward
@@ -73,7 +73,7 @@ def forward(
         )
         out = output_forward(activated, w.weight2, w.bias2, sum2, seeds[3], p.output, None)
         saved = [normed, qkv, attended, statistics, x, mean1, rstd1, between, hidden, activated, sum2, mean2, rstd2]
-    return out.view(src.shape), (inputs, attention_options), saved if save else []
+    return out.view(src.shape), saved if save else []
 
 
 def backward(
@@ -219,7 +219,7 @@ class EncoderLayer(torch.autograd.Function):
     ) -> Tensor:
         weights, masks = LayerWeights(*arguments[:_WEIGHTS]), Masks(*arguments[_WEIGHTS:-2])
         seeds, options = arguments[-2:]
-        out, _, saved = forward(src, weights, masks, seeds, options, True)
+        out, saved = forward(src, weights, masks, seeds, options, True)
         ctx.save_for_backward(*weights, masks.attn_mask, masks.cu_seqlens, *seeds, *saved)
         ctx.is_causal, ctx.max_seqlen, ctx.options = masks.is_causal, masks.max_seqlen, options
         return out

@@ -38,17 +38,9 @@ class Table:
         return own.get(key) or self._general[key]
 
 
-_FAMILIES = {
-    "sm_80": "ampere",
-    "sm_86": "ada", "sm_89": "ada", "sm_120": "ada",
-    "sm_90": "hopper", "sm_100": "hopper",
-    "gfx90a": "cdna", "gfx942": "cdna",
-}  # fmt: skip
-
-
 def family(x: Tensor) -> str:
     """The kind of chip that `x` is on: those share configurations."""
-    return _FAMILIES.get(launch.architecture(x.device.index), "")
+    return launch.family(x.device.index)
 
 
 # Evidence: `fusenc inspect linear_act_kernel hidden_gradient_kernel` (docs/ffn.md). 128x256x64 with 8 warps and 3
