@@ -1,4 +1,4 @@
-"""Fused layers and encoders of Hugging Face's BERT family. Imported only where transformers already is."""
+"""BERT and the families whose layers are the same but for the name."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
-from transformers.utils import output_capturing
 
-from . import kernels
-from .kernels.attention.eager import MAX_HEAD_DIM
-from .modules import has_hooks, why_not_plain
-from .packing import PaddedPacking, attend
+from .. import kernels
+from ..kernels.attention.eager import MAX_HEAD_DIM
+from ..modules import has_hooks, why_not_plain
+from ..packing import PaddedPacking, attend
+from .common import ACTIVATIONS, CAPTURE, collected, fused_class
 
 FAMILIES = {
     "bert": "Bert",
@@ -26,22 +25,6 @@ FAMILIES = {
 
 _PARTS = ("Attention", "SelfAttention", "SelfOutput", "Intermediate", "Output")
 _PROJECTIONS = ("query", "key", "value")
-
-_ACTIVATIONS = {
-    type(ACT2FN[theirs]): ours
-    for theirs, ours in (
-        ("gelu", "gelu"), ("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu", "relu"),
-    )
-}  # fmt: skip
-
-
-# transformers leaves hooks on its modules that sleep until a call asks for hidden states or attentions.
-_CAPTURE = output_capturing.__name__
-
-
-def _collected() -> Any:
-    """The outputs (hidden states, attentions) that the running call of a model records, by name; empty if none."""
-    return output_capturing._active_collector.get() or {}
 
 
 class _FusedLayer(nn.Module):
@@ -66,10 +49,10 @@ class _FusedLayer(nn.Module):
             ("intermediate", intermediate, cls.stock["Intermediate"]),
             ("output", output, cls.stock["Output"]),
         ]
-        reason = why_not_plain(holders, except_of=_CAPTURE)
+        reason = why_not_plain(holders, except_of=CAPTURE)
         if reason:
             return reason
-        if type(intermediate.intermediate_act_fn) not in _ACTIVATIONS:
+        if type(intermediate.intermediate_act_fn) not in ACTIVATIONS:
             return f"activation {intermediate.intermediate_act_fn} is not fused"
         if attention_self.attention_head_size > MAX_HEAD_DIM:
             return f"the head size is above {MAX_HEAD_DIM}"
@@ -100,7 +83,7 @@ class _FusedLayer(nn.Module):
         out = attention._modules["output"]
         x = _add_norm(out._modules["dense"](attended), hidden_states, out)
         up, down = intermediate._modules["dense"], output._modules["dense"]
-        activation = _ACTIVATIONS[type(intermediate.intermediate_act_fn)]
+        activation = ACTIVATIONS[type(intermediate.intermediate_act_fn)]
         x2 = kernels.ffn(x, up.weight, up.bias, down.weight, down.bias, activation=activation)
         return _add_norm(x2, x, output)
 
@@ -112,7 +95,7 @@ class _FusedLayer(nn.Module):
             return True
         if attention_mask is not None and attention_mask.dim() != 4:  # flash and flex attention have masks of their own
             return True
-        if "attentions" in _collected():
+        if "attentions" in collected():
             return True
         parts: Any = self._modules
         norms = (parts["attention"]._modules["output"], parts["output"])
@@ -189,20 +172,13 @@ class _FusedEncoder(nn.Module):
         keep = attention_mask[:, 0, 0]
         if attention_mask.stride(2) != 0 and not bool((attention_mask[:, 0] == keep[:, None]).all()):
             return None  # more than a padding mask
-        if _collected():
+        if collected():
             return None
         layers: Any = self.layer
         for layer in layers:  # a hook would find packed tokens, and an unfused layer could not read them
-            if not isinstance(layer, _FusedLayer) or has_hooks(layer, _CAPTURE) or layer.why_not_fused(layer):
+            if not isinstance(layer, _FusedLayer) or has_hooks(layer, CAPTURE) or layer.why_not_fused(layer):
                 return None
         return keep
-
-
-def _fused_class(mixin: type, plain: type, **attributes: Any) -> type:
-    name = f"Fused{plain.__name__}"
-    fused = type(name, (mixin, plain), {"__module__": __name__, "__doc__": mixin.__doc__, **attributes})
-    globals()[name] = fused  # so that a fused model can be pickled
-    return fused
 
 
 def _families() -> dict[type, type]:
@@ -210,8 +186,8 @@ def _families() -> dict[type, type]:
     for module_name, prefix in FAMILIES.items():
         module = importlib.import_module(f"transformers.models.{module_name}.modeling_{module_name}")
         stock = {part: getattr(module, prefix + part) for part in _PARTS}
-        layer = _fused_class(_FusedLayer, getattr(module, prefix + "Layer"), stock=stock)
-        encoder = _fused_class(_FusedEncoder, getattr(module, prefix + "Encoder"), fused_layer=layer)
+        layer = fused_class(_FusedLayer, getattr(module, prefix + "Layer"), stock=stock)
+        encoder = fused_class(_FusedEncoder, getattr(module, prefix + "Encoder"), fused_layer=layer)
         replacements |= {kind.__mro__[2]: kind for kind in (layer, encoder)}
     return replacements
 
