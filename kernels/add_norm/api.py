@@ -94,6 +94,12 @@ def add_norm(
         torch.Size([2, 4, 16])
     """
     compiling = torch.compiler.is_compiling()
+    if dropout_p == 0.0 and x_bias is None and norm == "layer" and not (
+        compiling or recompute or residual_in_fp32 or zero_centered_weight
+    ):  # fmt: skip
+        plain = eager.plain(x, residual, weight, bias, eps)
+        if plain is not None:
+            return plain if return_sum else plain[0]
     try:
         if backend.autocast_enabled(x):
             x, residual, weight, bias, x_bias = (_as_float32(t) for t in (x, residual, weight, bias, x_bias))  # type: ignore[assignment]
@@ -124,10 +130,6 @@ def add_norm(
     seed = dropout.new_seed(x) if dropout_p > 0.0 and training else None
 
     kernels = backend.use_triton(x)
-    if not (kernels or compiling or recompute or residual_in_fp32 or zero_centered_weight):
-        plain = eager.plain(x, residual, weight, bias, x_bias, seed, norm, eps)
-        if plain is not None:
-            return plain if return_sum else plain[0]
     float32_sum = half and (residual_in_fp32 or (residual is not None and residual.dtype is torch.float32))
     options = Options(dropout_p, eps, norm == "rms", zero_centered_weight, float32_sum)
     tensors = (x, residual, weight, bias, x_bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common import dropout
+from ..common import backend, dropout
 from .arguments import Gradients, Options, Wanted, sum_dtype
 
 TINY = 1.1754944e-38
@@ -23,19 +23,29 @@ def add_norm(
 
 
 def plain(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, x_bias: Tensor | None,
-    seed: Tensor | None, norm: str, eps: float,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """`add_norm` of the commonest calls, for the least of the host's time; None for others."""
-    if seed is not None or x_bias is not None or norm != "layer" or eps < TINY:
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor] | None:
+    """LayerNorm of tensors of one dtype on a CPU, checked with the least of the host's time; None for other calls and
+    for bad ones, which the caller has to look at more closely."""
+    try:
+        if not backend.plain_cpu(x):
+            return None
+        shape, dtype = x.shape, x.dtype
+        if residual is not None and (residual.dtype is not dtype or residual.shape != shape or not residual.is_cpu):
+            return None
+        if (weight is not None and weight.dtype is not dtype) or (bias is not None and bias.dtype is not dtype):
+            return None
+        if not eps >= TINY or shape[-1] == 0:
+            return None
+        total = x if residual is None else x + residual
+        return torch.layer_norm(total, shape[-1:], weight, bias, eps), total
+    except (
+        AttributeError,
+        TypeError,
+        IndexError,
+        RuntimeError,
+    ):  # torch itself checks shapes and devices of parameters
         return None
-    dtype = x.dtype
-    if residual is not None and residual.dtype is not dtype:
-        return None
-    if (weight is not None and weight.dtype is not dtype) or (bias is not None and bias.dtype is not dtype):
-        return None
-    total = x if residual is None else x + residual
-    return torch.layer_norm(total, (x.shape[-1],), weight, bias, eps), total
 
 
 def form_sum(

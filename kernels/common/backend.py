@@ -66,6 +66,17 @@ def would_use_triton(x: Tensor) -> bool:
     return False
 
 
+def plain_cpu(x: Tensor) -> bool:
+    """True if a call on `x` runs eager PyTorch on a CPU without autocast: what the quickest paths need to know.
+
+    If so, the call is recorded as eager. Not for use under torch.compile."""
+    global _last
+    if not x.is_cpu or _INTERPRET or _forced == "triton" or torch._C._is_any_autocast_enabled():
+        return False
+    _last = "eager"
+    return True
+
+
 def note_eager() -> None:
     """Record that a call ran eager for a reason of its own, so that `last_backend` tells the truth."""
     global _last

@@ -74,6 +74,14 @@ def embed_norm(
         >>> fusenc.kernels.embed_norm(ids, words, positions, norm_weight=torch.ones(16), padding_idx=0).shape
         torch.Size([2, 3, 16])
     """
+    compiling = torch.compiler.is_compiling()
+    if dropout_p == 0.0 and padding_idx is None and norm == "layer" and not compiling:
+        plain = eager.plain(
+            word_weight, position_weight, type_weight, norm_weight, norm_bias, input_ids, position_ids, token_type_ids,
+            eps,
+        )  # fmt: skip
+        if plain is not None:
+            return plain
     try:
         dtype, device = word_weight.dtype, word_weight.device
         rows, width = word_weight.shape
@@ -115,7 +123,7 @@ def embed_norm(
     wide = dtype is not torch.float64 and backend.autocast_enabled(word_weight)
     options = Options(dropout_p, eps, norm == "rms", padding, wide, check_ids)
 
-    if torch.compiler.is_compiling():
+    if compiling:
         return op.embed_norm_operator(*tables, *options, _needs_gradients(tables))[0]
     if not backend.use_triton(word_weight):
         if check_ids and not input_ids.is_cpu:
