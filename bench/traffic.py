@@ -213,8 +213,8 @@ CASES: dict[str, _Call] = {
     "add_norm 512x256": (add_norm, [(512, 256), (512, 256), (256,), (256,)]),
     "add_norm 1024x768": (add_norm, [(1024, 768), (1024, 768), (768,), (768,)]),
     "add_norm 1024x192, rms": (lambda *t: add_norm(*t, norm="rms"), [(1024, 192), (1024, 192), (192,)]),
-    "add_norm 1024x192, x_bias": (
-        lambda x, r, w, b, x_bias: add_norm(x, r, w, b, x_bias=x_bias), [(1024, 192), (1024, 192), *[(192,)] * 3],
+    "add_norm 2048x192, x_bias": (
+        lambda x, r, w, b, x_bias: add_norm(x, r, w, b, x_bias=x_bias), [(2048, 192), (2048, 192), *[(192,)] * 3],
     ),
     "add_norm 1024x192, recompute": (
         lambda *t: add_norm(*t, recompute=True), [(1024, 192), (1024, 192), (192,), (192,)],

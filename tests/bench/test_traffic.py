@@ -138,14 +138,14 @@ def test_what_a_pass_moves_is_near_its_least(passes):
 
 
 @pytest.mark.parametrize(
-    "option", ["1024x768", "1024x192, rms", "1024x192, x_bias", "1024x192, recompute", "1024x192, float32 sum"]
+    "option", ["1024x768", "1024x192, rms", "2048x192, x_bias", "1024x192, recompute", "1024x192, float32 sum"]
 )
 def test_add_norm_moves_its_least_forward_and_backward(passes, option):
     """All launches of a pass together, the partial sums of parameters' gradients and their second reading included."""
     for direction in ("forward", "backward"):
         p = passes[f"add_norm {option}, {direction}"]
         ratio = sum(launch.asked for launch in p.launches) / p.least
-        assert ratio <= (1.05 if "x_bias" not in option else 1.08), f"{p.name}: {ratio:.3f}"
+        assert ratio <= 1.05, f"{p.name}: {ratio:.3f}"
 
 
 def test_rows_wider_than_registers_ask_for_some_tensors_twice(passes):
