@@ -20,11 +20,13 @@ import fusenc
 import torch
 from fusenc.kernels import (
     BlockMask,
+    LayerWeights,
     add_norm,
     alibi_slopes,
     attention,
     attention_varlen,
     embed_norm,
+    encoder_layer,
     ffn,
     linear_act,
     rotary,
@@ -163,6 +165,14 @@ def _options() -> Iterator[tuple[str, str, Callable[..., Tensor], list[tuple[int
         )
         name = "neighbours" if interleaved else "halves, shared keys"
         yield "rotary", name, turn, [(2, 4, 50, 40), (2, 1, 50, 40)], torch.float16
+
+    layer: list[tuple[int, ...]] = [
+        (2, 37, 48), (144, 48), (144,), (48, 48), *[(48,)] * 3, (100, 48), (100,), (48, 100), *[(48,)] * 3,
+    ]  # fmt: skip
+    rates: dict[str, Any] = dict.fromkeys(("attn_dropout_p", "dropout1_p", "dropout_p", "dropout2_p"), 0.2)
+    for name, given in {"post-norm": {}, "pre-norm, dropouts": {"norm_first": True, **rates}}.items():
+        whole = lambda x, *w, g=given: encoder_layer(x, LayerWeights(*w), 3, **g)  # noqa: E731
+        yield "encoder_layer", name, whole, layer, torch.float16
 
 
 def functions() -> list[str]:

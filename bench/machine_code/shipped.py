@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from fusenc.kernels import (
     BlockMask,
+    LayerWeights,
     add_norm,
     attention,
     attention_varlen,
     embed_norm,
+    encoder_layer,
     ffn,
     linear_act,
     rotary,
@@ -159,6 +161,15 @@ def _calls(arch: str) -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[i
         name = f"{_name(dtype)} rotary head {head}, {rotary_dim} rotated{', neighbours' if interleaved else ''}"
         yield name, rotated(interleaved, rotary_dim), [(2, 12, 512, head)] * 2, dtype
 
+    layer: list[tuple[int, ...]] = [
+        (32, 128, 768), (2304, 768), (2304,), (768, 768), *[(768,)] * 3, (3072, 768), (3072,), (768, 3072),
+        *[(768,)] * 3,
+    ]  # fmt: skip
+    rates: dict[str, Any] = dict.fromkeys(("attn_dropout_p", "dropout1_p", "dropout_p", "dropout2_p"), 0.1)
+    kinds: dict[str, dict[str, Any]] = {"post-norm": {}, "pre-norm": {"norm_first": True}, "post-norm dropout": rates}
+    for option, arguments in kinds.items():  # with sums on the side that the functions alone do not have
+        yield f"float16 layer {option}", functools.partial(_layer, **arguments), layer, HALF
+
     from fusenc.kernels.ffn import triton_whole
 
     for (chip, width), config in triton_whole.CONFIGS.items():
@@ -167,6 +178,10 @@ def _calls(arch: str) -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[i
                                              (width,), (16384, width)]  # fmt: skip
             whole: Any = functools.partial(triton_whole.whole_ffn, activation="gelu", config=config)
             yield f"float16 width {width} whole block", whole, narrow, HALF
+
+
+def _layer(src: Tensor, *weights: Tensor, **options: Any) -> Tensor:
+    return encoder_layer(src, LayerWeights(*weights), 12, **options)
 
 
 def _frozen_query(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
