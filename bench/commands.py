@@ -172,3 +172,16 @@ def tune(
     except (TuneError, OSError, Timeout) as error:  # OSError: a file that cannot be written
         raise _fail(str(error)) from None
     raise typer.Exit(status)
+
+
+@app.command()
+def env(
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Print what a bug report needs: versions, machine, GPUs, settings, tuned tables."""
+    from json import dumps
+
+    from . import environment
+
+    sections = environment.collect()
+    typer.echo(dumps(sections, indent=1) if json else environment.text(sections))

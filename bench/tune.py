@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
+
+from . import timing
 
 Call = Callable[[], Sequence[Tensor]]
 
@@ -51,35 +53,6 @@ class Tunable:
     """Gives what every candidate's results are compared with."""
 
 
-class Device(Protocol):
-    """What measures."""
-
-    name: str
-
-    def seconds(self, call: Call) -> float:
-        """Time of one call on the device, its caches cold."""
-
-
-class Gpu:
-    """The current GPU, with times from its own events."""
-
-    def __init__(self) -> None:
-        self.name = str(tuned.gpu_name(torch.cuda.current_device()))
-        cache = int(getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0))
-        # Writing twice the L2 cache's size pushes the operands out, and takes longer than the host needs to launch.
-        self._flush = torch.empty(max(2 * cache, 64 << 20), dtype=torch.uint8, device="cuda")
-
-    def seconds(self, call: Call) -> float:
-        """Time of one call between two events."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return 1e-3 * float(start.elapsed_time(end))
-
-
 @dataclass
 class Measured:
     """One tunable's outcome."""
@@ -96,7 +69,7 @@ class Measured:
         return min(self.seconds, key=lambda name: self.seconds[name]) if self.seconds else None
 
 
-def measure(tunable: Tunable, device: Device, rounds: int = ROUNDS) -> Measured:
+def measure(tunable: Tunable, device: timing.Device, rounds: int = ROUNDS) -> Measured:
     """Check the candidates, then time them in turns, so that a slow moment hits all alike."""
     expected = tunable.reference()
     refused: dict[str, str] = {}
@@ -107,12 +80,7 @@ def measure(tunable: Tunable, device: Device, rounds: int = ROUNDS) -> Measured:
         except Exception as error:  # a chip may lack what a candidate needs; the others still serve
             refused[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
     running = [name for name in tunable.candidates if name not in refused]
-    seconds: dict[str, list[float]] = {name: [] for name in running}
-    for i in range(-WARM_UP, rounds):
-        for name in running if i % 2 else reversed(running):
-            taken = device.seconds(tunable.candidates[name])
-            if i >= 0:
-                seconds[name].append(taken)
+    seconds = timing.take_turns({name: tunable.candidates[name] for name in running}, device, rounds, warm_up=WARM_UP)
     return Measured(tunable, {name: statistics.median(taken) for name, taken in seconds.items()}, refused)
 
 
@@ -252,13 +220,8 @@ def _replace(file: Path, table: Any) -> None:
         raise
 
 
-def find_device() -> Device | None:
-    """The GPU, None where there is none."""
-    return Gpu() if torch.cuda.is_available() else None
-
-
 def tune(
-    tunables: Iterable[Callable[[], Tunable]], device: Device, file: Path, rounds: int = ROUNDS
+    tunables: Iterable[Callable[[], Tunable]], device: timing.Device, file: Path, rounds: int = ROUNDS
 ) -> Iterator[Measured]:
     """Measure one after the other; each winner is written at once, so that stopping loses none."""
     section = tuned.section_of(device.name)
@@ -288,7 +251,7 @@ def run(
     for option, value in (*(("--rows", n) for n in rows), ("--d-model", d_model), ("--hidden", hidden)):
         if value < 1:
             raise TuneError(f"{option}: expected at least 1, got {value}")
-    device = find_device()
+    device = timing.find_gpu()
     if device is None:
         raise TuneError("tune measures on a GPU, and torch finds none here")
     file = tuned.cache_file()

@@ -26,7 +26,7 @@ class Clock:
     def __init__(self):
         self.calls = []
 
-    def seconds(self, call):
+    def seconds(self, call, calls=1):
         call()
         first = self.calls.count(call) < tune.WARM_UP
         self.calls.append(call)
@@ -80,7 +80,7 @@ def stub(monkeypatch, tmp_path):
     monkeypatch.setattr(tuned, "cache_file", lambda: file)
     monkeypatch.setattr(tuned, "gpu_name", lambda index: Clock.name)
     monkeypatch.delenv(tuned.ENVIRONMENT, raising=False)
-    monkeypatch.setattr(tune, "find_device", Clock)
+    monkeypatch.setattr(tune.timing, "find_gpu", Clock)
 
     def make(operation):
         return lambda size, dtype: tune.Tunable(
@@ -131,7 +131,7 @@ def test_bad_arguments_are_explained(stub, arguments, message):
 
 
 def test_without_a_gpu_it_says_so(stub, monkeypatch):
-    monkeypatch.setattr(tune, "find_device", lambda: None)
+    monkeypatch.setattr(tune.timing, "find_gpu", lambda: None)
     done = fusenc()
     assert done.exit_code == 2 and "GPU" in done.output
 
