@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import platform
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import fusenc
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from . import environment, timing
 from .cases import SUITES
 from .cases.case import Case
 
@@ -36,23 +33,7 @@ class Figure:
 def interleave(case: Case, rounds: int) -> Figure:
     """Measure both sides in turns, so that a slow moment of the machine hits both alike."""
     sides = {"theirs": case.theirs, "ours": case.ours}
-    for call in sides.values():  # warm up
-        for _ in range(max(3, case.calls // 10)):
-            call()
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for i in range(rounds):
-            for side in sorted(sides, reverse=bool(i % 2)):
-                call = sides[side]
-                start = time.perf_counter()
-                for _ in range(case.calls):
-                    call()
-                seconds[side].append((time.perf_counter() - start) / case.calls)
-    finally:
-        if collecting:
-            gc.enable()
+    seconds = timing.take_turns(sides, timing.Cpu(), rounds, case.calls)
     speedup = statistics.median(t / o for t, o in zip(seconds["theirs"], seconds["ours"], strict=True))
     theirs, ours = (1e6 * statistics.median(seconds[side]) for side in ("theirs", "ours"))
     reached = None if case.target is None else speedup >= case.target
@@ -76,13 +57,7 @@ def run(suites: list[str], file: Path | None, threads: int | None, rounds: int) 
         columns = (f.name, f.theirs_is, f"{f.theirs_us:,.1f}", f"{f.ours_us:,.1f}", f"{f.speedup:.2f}")
         table.add_row(*columns, "" if f.target is None else f"{f.target:.2f}", verdict)
     (console if console.is_terminal else Console(width=150)).print(table)
-    machine = {
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "fusenc": fusenc.__version__,
-    }
+    machine = environment.summary()
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()))
     if file is not None:
         file.write_text(json.dumps({"machine": machine, "figures": [asdict(f) for f in figures]}, indent=1) + "\n")
