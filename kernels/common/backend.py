@@ -71,7 +71,8 @@ def plain_cpu(x: Tensor) -> bool:
 
     If so, the call is recorded as eager. Not for use under torch.compile."""
     global _last
-    if not x.is_cpu or _INTERPRET or _forced == "triton" or torch._C._is_any_autocast_enabled():
+    # A tensor that stands for a GPU's where there is none (CONTRIBUTING.md) says yes to both.
+    if x.is_cuda or not x.is_cpu or _INTERPRET or _forced == "triton" or torch._C._is_any_autocast_enabled():
         return False
     _last = "eager"
     return True
