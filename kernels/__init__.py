@@ -12,6 +12,7 @@ from .attention import (
     attention,
     attention_varlen,
     attention_weights,
+    attention_with_weights,
     sdpa_replacement,
     t5_relative_bias,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_weights",
+    "attention_with_weights",
     "embed_norm",
     "encoder_layer",
     "ffn",

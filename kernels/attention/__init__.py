@@ -1,6 +1,6 @@
 """Scaled dot-product attention."""
 
-from .api import attention, attention_varlen, attention_weights
+from .api import attention, attention_varlen, attention_weights, attention_with_weights
 from .block_mask import BlockMask
 from .positions import alibi_slopes, t5_relative_bias
 from .sdpa import SdpaReport, sdpa_replacement
@@ -12,6 +12,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_weights",
+    "attention_with_weights",
     "sdpa_replacement",
     "t5_relative_bias",
 ]

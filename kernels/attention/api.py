@@ -130,26 +130,9 @@ def attention(
         >>> fusenc.kernels.attention(q, k, v, keep[:, None, None, :]).shape
         torch.Size([2, 4, 10, 32])
     """
-    if not (
-        isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
-        and query.dim() == 4 and key.dim() == 4 and value.dim() == 4
-    ):  # fmt: skip
-        _explain_ranks(query, key, value, "four dimensions, [B, H, L, D]", 4)
-    autocast = backend.autocast_enabled(query)
-    if autocast and query.dtype not in checks.FLOAT8:
-        query, key, value = operator.autocast_inputs(query.device.type, query, key, value)
-    batch, nhead, len_q, head_dim = query.shape
-    key_batch, key_nhead, len_k, key_dim = key.shape
-    if (
-        key_batch != batch or (key_nhead != nhead and not enable_gqa) or key_dim != head_dim
-        or value.shape[0] != batch or value.shape[1] != key_nhead or value.shape[2] != len_k
-        or key.dtype != query.dtype or value.dtype != query.dtype
-        or key.device != query.device or value.device != query.device
-        or nhead == 0 or head_dim == 0 or query.dtype not in _DTYPES
-        or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0
-        or (key_nhead != nhead and (key_nhead == 0 or nhead % key_nhead))
-    ):  # fmt: skip
-        _explain(query, key, value, dropout_p, enable_gqa)
+    query, key, value, autocast = _checked(query, key, value, dropout_p, enable_gqa)
+    batch, _, len_q, _ = query.shape
+    len_k = key.shape[2]
     if seqlens_q is not None or seqlens_k is not None:
         seqlens_q, seqlens_k = (
             _checked_lengths(name, lengths, batch, whole, query)
@@ -161,6 +144,69 @@ def attention(
     )  # fmt: skip
     out, lse = _run(inputs, options, return_lse, autocast)
     return out if lse is None else (out, lse)
+
+
+def attention_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    average: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`attention` and the softmax weights it multiplied the values by, after dropout; both differentiable.
+
+    For a model that looks at its weights while it trains, as `torch.nn.MultiheadAttention` with `need_weights`. On the
+    kernels the output costs what `attention` costs, and the weights a pass more and their own storage alone: of an
+    average no head's weights are kept. If nothing was computed from the weights, the backward pass is that of
+    `attention`; else it computes the softmax again, in eager PyTorch.
+
+    Args:
+        query: ``[B, H, Lq, D]``, as in `attention`, as are all arguments but the last.
+        key: ``[B, H, Lk, D]``.
+        value: ``[B, H, Lk, Dv]``.
+        attn_mask: as in `attention`.
+        dropout_p: as in `attention`.
+        is_causal: as in `attention`.
+        scale: as in `attention`.
+        average: the mean of the weights over the heads.
+
+    Returns:
+        The output, as `attention` gives it, and float32 (float64 for float64) weights ``[B, H, Lq, Lk]``, or
+        ``[B, Lq, Lk]`` of an average. A query with no key allowed has weights 0.
+
+    Raises:
+        TypeError: as `attention`; float8 inputs.
+        ValueError: as `attention`.
+
+    Example:
+        >>> import torch, fusenc
+        >>> q, k, v = torch.randn(3, 2, 4, 10, 32).unbind(0)
+        >>> out, weights = fusenc.kernels.attention_with_weights(q, k, v, average=True)
+        >>> out.shape, weights.shape
+        (torch.Size([2, 4, 10, 32]), torch.Size([2, 10, 10]))
+    """
+    query, key, value, autocast = _checked(query, key, value, dropout_p, False)
+    if query.dtype in checks.FLOAT8:
+        checks.floating_tensor("query", query)
+    batch, _, len_q, _ = query.shape
+    inputs, options = assemble(
+        query, key, value, None, None, batch, len_q, key.shape[2], False, attn_mask, dropout_p, is_causal, scale,
+        None, None, None, None, "top_left", None,
+    )  # fmt: skip
+    if torch.compiler.is_compiling() or not backend.use_triton(query):
+        with torch.autocast(query.device.type, enabled=False) if autocast else _NOTHING:
+            out, weights = eager.attention_with_weights(inputs, options, average)
+        return out, weights[:, 0] if average else weights
+    _refuse_vmap(query)
+    if _needs_gradients(inputs):
+        out, weights = op.AttentionWithWeights.apply(*inputs, *options, average)
+    else:
+        out, weights, _ = op.forward_with_weights(inputs, options, average)
+    return out, weights[:, 0] if average else weights
 
 
 def attention_varlen(
@@ -443,17 +489,48 @@ def _run(inputs: Inputs, options: Options, return_lse: bool, autocast: bool) -> 
     if not backend.use_triton(query):
         with quiet:
             return eager.attention(inputs, options, return_lse)
+    _refuse_vmap(query)
+    if inputs.scales is None and _needs_gradients(inputs):
+        return op.Attention.apply(*inputs, *options, return_lse)
+    return op.forward(inputs, options, return_lse)[:2]
+
+
+def _refuse_vmap(query: Tensor) -> None:
     if torch._C._functorch.is_batchedtensor(query):
         raise RuntimeError(
             "fusenc's kernels do not run under torch.func.vmap: give them the batch as dimension 0 instead"
         )
+
+
+def _needs_gradients(inputs: Inputs) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[: op.DIFFERENTIABLE])
+
+
+def _checked(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """The inputs of a dense call in autocast's dtype, and whether autocast is in force; raises if they do not fit."""
+    if not (
+        isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
+        and query.dim() == 4 and key.dim() == 4 and value.dim() == 4
+    ):  # fmt: skip
+        _explain_ranks(query, key, value, "four dimensions, [B, H, L, D]", 4)
+    autocast = backend.autocast_enabled(query)
+    if autocast and query.dtype not in checks.FLOAT8:
+        query, key, value = operator.autocast_inputs(query.device.type, query, key, value)
+    batch, nhead, _, head_dim = query.shape
+    key_batch, key_nhead, len_k, key_dim = key.shape
     if (
-        inputs.scales is None
-        and torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in inputs[: op.DIFFERENTIABLE])
-    ):
-        return op.Attention.apply(*inputs, *options, return_lse)
-    return op.forward(inputs, options, return_lse)[:2]
+        key_batch != batch or (key_nhead != nhead and not enable_gqa) or key_dim != head_dim
+        or value.shape[0] != batch or value.shape[1] != key_nhead or value.shape[2] != len_k
+        or key.dtype != query.dtype or value.dtype != query.dtype
+        or key.device != query.device or value.device != query.device
+        or nhead == 0 or head_dim == 0 or query.dtype not in _DTYPES
+        or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0
+        or (key_nhead != nhead and (key_nhead == 0 or nhead % key_nhead))
+    ):  # fmt: skip
+        _explain(query, key, value, dropout_p, enable_gqa)
+    return query, key, value, autocast
 
 
 def _checked_mask(attn_mask: Tensor, query: Tensor, full: tuple[int, ...]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -177,6 +177,21 @@ def _has_rows_of_large(attn_mask: Tensor) -> bool:
         return False
 
 
+def attention_with_weights(inputs: Inputs, options: Options, average: bool) -> tuple[Tensor, Tensor]:
+    """Output and softmax weights after dropout, ``[B, H or 1, Lq, Lk]``, of a dense batch; differentiable."""
+    query, key, value, *_ = inputs
+    wide = wide_dtype(query)
+    scores, nothing = scores_of(query.to(wide), key.to(wide), inputs, options, 0)
+    weights = _softmax(scores, nothing)
+    if inputs.seed is not None:
+        if torch.compiler.is_compiling():  # a mask of ours would become a constant of the graph
+            weights = torch.dropout(weights, options.dropout_p, True)
+        else:
+            weights = dropout.dropout(weights, inputs.seed, options.dropout_p)
+    out = (weights @ value.to(wide)).to(query.dtype)
+    return out, weights.mean(1, keepdim=True) if average else weights
+
+
 def _some_queries(
     inputs: Inputs, options: Options, start: int, end: int, return_lse: bool, first_rows: Sequence[int] | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -186,9 +201,7 @@ def _some_queries(
     if (group := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores, nothing = scores_of(query[:, :, start:end].to(wide), key.to(wide), inputs, options, start)
-    probabilities = scores.softmax(-1)
-    if nothing is not None:
-        probabilities = probabilities.masked_fill(nothing[..., None], 0.0)
+    probabilities = _softmax(scores, nothing)
     if inputs.seed is not None:
         if first_rows is None and end - start < query.shape[2]:
             first_rows = [part * query.shape[2] for part in range(query.shape[0] * query.shape[1])]
@@ -200,6 +213,12 @@ def _some_queries(
         return out, None
     lse = scores.logsumexp(-1)
     return out, lse if nothing is None else lse.masked_fill(nothing, float("-inf"))
+
+
+def _softmax(scores: Tensor, nothing: Tensor | None) -> Tensor:
+    """Of what `scores_of` gives: 0 in rows that see nothing."""
+    weights = scores.softmax(-1)
+    return weights if nothing is None else weights.masked_fill(nothing[..., None], 0.0)
 
 
 def attention_weights(inputs: Inputs, options: Options, first_row: int, row_count: int, average: bool) -> Tensor:
@@ -224,9 +243,7 @@ def attention_weights(inputs: Inputs, options: Options, first_row: int, row_coun
         rows = min(step, row_count - start)
         part = query[:, :, first_row + start : first_row + start + rows].to(wide)
         scores, nothing = scores_of(part, key, inputs, options, first_row + start)
-        weights = scores.softmax(-1)
-        if nothing is not None:
-            weights = weights.masked_fill(nothing[..., None], 0.0)
+        weights = _softmax(scores, nothing)
         whole[:, :, start : start + rows] = weights.mean(1, keepdim=True) if average else weights
     return whole
 
@@ -298,18 +315,32 @@ def attention_backward(
     dout: Tensor, dlse: Tensor | None, inputs: Inputs, options: Options, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the first five inputs, as far as `needs` asks for them, for the operator of ``torch.compile``."""
+    return _gradients(lambda leaves: attention(leaves, options, dlse is not None), (dout, dlse), inputs, needs)
+
+
+def weights_backward(
+    dout: Tensor | None, dweights: Tensor, inputs: Inputs, options: Options, average: bool, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The same of `attention_with_weights`, whose softmax is computed again."""
+    return _gradients(lambda leaves: attention_with_weights(leaves, options, average), (dout, dweights), inputs, needs)
+
+
+def _gradients(
+    function: Callable[[Inputs], tuple[Tensor | None, ...]], upstream: tuple[Tensor | None, ...], inputs: Inputs,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of the first five inputs of a differentiable function, as far as `needs` asks for them."""
     with torch.enable_grad():
         leaves = [
             t.detach().requires_grad_(want) if t is not None else None
             for t, want in zip(inputs[:5], needs, strict=True)
         ]
         differentiable: dict[str, Any] = dict(zip(inputs._fields, leaves, strict=False))
-        out, lse = attention(inputs._replace(**differentiable), options, dlse is not None)
+        results = zip(function(inputs._replace(**differentiable)), upstream, strict=True)
+        pairs = [(out, grad) for out, grad in results if out is not None and grad is not None]
         wanted = [t for t in leaves if t is not None and t.requires_grad]
-        outputs, upstream = [out], [dout]
-        if lse is not None and dlse is not None:
-            outputs, upstream = [out, lse], [dout, dlse]
-        grads = iter(torch.autograd.grad(outputs, wanted, upstream, allow_unused=True))
+        outputs, given = [out for out, _ in pairs], [grad for _, grad in pairs]
+        grads = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
     found = [next(grads) if t is not None and t.requires_grad else None for t in leaves]
     return tuple(
         torch.zeros_like(t) if want and grad is None and t is not None else grad

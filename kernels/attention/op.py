@@ -68,6 +68,41 @@ class Attention(torch.autograd.Function):
         return (*grads, *[None] * (_TENSORS - DIFFERENTIABLE + len(Options._fields) + 1))
 
 
+def forward_with_weights(inputs: Inputs, options: Options, average: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, softmax weights after dropout and statistics, on the kernels."""
+    from .triton_planes import softmax_weights
+
+    out, _, statistics = forward(inputs, options, False)
+    assert statistics is not None
+    weights = softmax_weights(statistics, inputs, options, 0, inputs.query.shape[2], average)
+    return out, weights, statistics
+
+
+class AttentionWithWeights(torch.autograd.Function):
+    """The same with gradients. Weights that nothing was computed from cost the backward pass nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        *given, ctx.average = arguments
+        out, weights, statistics = forward_with_weights(
+            Inputs(*given[:_TENSORS]), Options(*given[_TENSORS:]), ctx.average
+        )
+        _save(ctx, tuple(given), (out, None, statistics))
+        return out, weights
+
+    @staticmethod
+    @operator.first_derivative
+    def backward(ctx: Any, dout: Tensor | None, dweights: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *tensors, out, statistics = ctx.saved_tensors
+        inputs, options, needs = Inputs(*tensors), Options(*ctx.options), ctx.needs_input_grad[:DIFFERENTIABLE]
+        if dweights is not None:
+            grads = eager.weights_backward(dout, dweights, inputs, options, ctx.average, needs)
+        else:
+            dout = torch.zeros_like(out) if dout is None else dout
+            grads = backward(dout, None, out, statistics, inputs, options, needs)
+        return (*grads, *[None] * (_TENSORS - DIFFERENTIABLE + len(Options._fields) + 1))
+
+
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, options, return_lse = Inputs(*arguments[:_TENSORS]), Options(*arguments[_TENSORS:-1]), arguments[-1]
     query = inputs.query

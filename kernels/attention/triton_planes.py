@@ -32,7 +32,7 @@ def _block(
     b, h, row0, rows, column0, columns, pointers, strides, sizes, window, numbers, random,
     WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """``P``, or the gradient of the scores, ``P (Z dO V^T - delta)``, of one block; 0 where nothing is seen."""
+    """``Z P``, or the gradient of the scores, ``P (Z dO V^T - delta)``, of one block; 0 where nothing is seen."""
     (
         q_ptr, k_ptr, v_ptr, dout_ptr, statistics_ptr, delta_ptr,
         mask_ptr, relative_ptr, slopes_ptr, seqlens_q_ptr, seqlens_k_ptr, map_ptr, tiles_ptr,
@@ -83,7 +83,12 @@ def _block(
         flat = (own * nhead + h) * rows_of[0] + first_q + rows
         row_max, rest = load_statistics(statistics_ptr, flat, in_q, True, S)
         result = block_probabilities(scores, row_max[:, None], rest[:, None], terms[0], S)
-        if not WEIGHTS:
+        if WEIGHTS:
+            if S.DROPOUT:
+                seed, dropout_threshold = random
+                keep = dropout_keep(seed, flat, column0, dropout_threshold, S.BLOCK_N)
+                result = tl.where(keep, result * numbers[2], 0.0)
+        else:
             stride_vb, stride_vh, stride_vn, stride_vd = strides_v
             stride_gb, stride_gh, stride_gm, stride_gd = strides_dout
             offs_dv = tl.arange(0, S.BLOCK_DV)
@@ -235,7 +240,8 @@ def mask_gradient(dout: Tensor, statistics: Tensor, delta: Tensor, inputs: Input
 def softmax_weights(
     statistics: Tensor, inputs: Inputs, options: Options, first_row: int, row_count: int, average: bool
 ) -> Tensor:
-    """The softmax weights of some queries, float32 ``[B, H or 1, rows, Lk]``, from the forward pass's statistics."""
+    """The softmax weights of some queries, float32 ``[B, H or 1, rows, Lk]``, from the forward pass's statistics; after
+    dropout if the call has any."""
     call = describe(inputs, options)
     heads = 1 if average else call.nhead
     shape = (call.sequences, heads, row_count, options.max_len_k)

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from contract import assert_contract
-from fusenc.kernels import BlockMask, alibi_slopes, attention, attention_varlen, attention_weights
+from fusenc.kernels import (
+    BlockMask,
+    alibi_slopes,
+    attention,
+    attention_varlen,
+    attention_weights,
+    attention_with_weights,
+)
 from fusenc.kernels.common import dropout
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -514,3 +521,37 @@ def test_random_combinations_of_options(request, data):
         case.lengths = (sizes[0], sizes[1]) if draw(st.booleans(), "lengths") else None
         inputs = dense_inputs(device, batch, heads * group, heads, *longest, dim, 16)
         check_dense(device, case, inputs, dtype, bias, relative, least)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("average", [False, True], ids=["each head", "average"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["no dropout", "dropout"])
+def test_output_and_weights_of_one_call(device, dropout_p, average):
+    keep = torch.ones(2, 1, 1, 90, dtype=torch.bool)
+    keep[1, ..., :3] = False  # with the causal mask the first queries see nothing
+    case = Case(is_causal=True, mask=keep, dropout_p=dropout_p)
+    inputs = dense_inputs(device)
+    dropped = seeded_mask(device, (2, 2, 70, 90), dropout_p)
+
+    def kernel(q, k, v):
+        torch.manual_seed(3)
+        out, weights = attention_with_weights(q, k, v, keep.to(device), dropout_p, True, average=average)
+        assert weights.dtype == torch.promote_types(q.dtype, torch.float32)
+        return torch.cat([out.flatten(), weights.to(out.dtype).flatten()])
+
+    def plain(q, k, v):
+        out, _ = case.reference(q, k, v, dropped=dropped)
+        weights, _ = case.reference(q, k, torch.eye(90).to(q).expand(2, 2, 90, 90), dropped=dropped)
+        return torch.cat([out.flatten(), (weights.mean(1) if average else weights).flatten()])
+
+    assert_contract(kernel, plain, inputs, usual(device))
+    if average:  # weights of which nothing is computed leave the backward pass to the kernels
+        leaves = [t.requires_grad_() for t in inputs]
+        arguments = (*leaves, keep.to(device), dropout_p, True)
+        grads = []
+        for call in (attention, attention_with_weights):
+            torch.manual_seed(3)
+            out = call(*arguments)
+            grads.append(torch.autograd.grad((out if call is attention else out[0]).square().sum(), leaves))
+        for got, expected in zip(*reversed(grads), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=SAME_ALGORITHM)
