@@ -48,31 +48,27 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `torch.nn.MultiheadAttention.forward`: same arguments, shapes, mask meaning (True is masked)."""
+        masks = (attn_mask, key_padding_mask)
         nested = query.is_nested or key.is_nested or value.is_nested
         if nested:
-            masked = key_padding_mask is not None or attn_mask is not None
-            served = not masked and self._serves_nested(query, key, value, need_weights)
+            sizes = None
+            served = (
+                attn_mask is None and key_padding_mask is None and self._takes_nested(query, key, value, need_weights)
+            )
         else:
-            served = self._serves(query, key, value)
+            sizes = self._sizes(query, key, value)
+            served = sizes is not None and masks_fit(*masks, query, sizes)
         if not served or self.why_not_fused():
             # Torch's own forward computes what we do not, and raises its own errors for bad input.
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         check_hint(is_causal, attn_mask)
-        if nested:
+        if sizes is None:
             return self._forward_nested(query, key, value, need_weights, average_attn_weights)
-        batch, len_q = batch_and_length(query, self.batch_first)
-        len_k = batch_and_length(key, self.batch_first)[1]
-        sizes = (batch, self.num_heads, len_q, len_k)
-        if not masks_fit(attn_mask, key_padding_mask, query, sizes):
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
-        extra = (self.bias_k is not None) + self.add_zero_attn
+        extra = self.bias_k is not None or self.add_zero_attn
         # Where torch asks for the whole mask the hint is only a hint; and of extra keys it knows nothing.
-        hinted = is_causal and not need_weights and not extra
-        mask, causal = merged_mask(attn_mask, key_padding_mask, hinted, query, sizes)
+        mask, causal = merged_mask(*masks, is_causal and not need_weights and not extra, query, sizes)
         q, k, v = self._projections(query, key, value)
         if extra:
             k, v, mask = self._with_extra_keys(k, v, mask)
@@ -80,31 +76,43 @@ class MultiheadAttention(nn.MultiheadAttention):
         weights = None
         if need_weights:
             out, weights = kernels.attention_with_weights(q, k, v, mask, dropout_p, average=average_attn_weights)
-            weights = weights.to(query.dtype)
+            if weights.dtype is not query.dtype:
+                weights = weights.to(query.dtype)
             if query.dim() == 2:
                 weights = weights.squeeze(0)
         else:
             out = kernels.attention(q, k, v, mask, dropout_p, causal)
-        return F.linear(join_heads(out, query, self.batch_first), self.out_proj.weight, self.out_proj.bias), weights
+        out_proj = self.out_proj
+        return F.linear(join_heads(out, query, self.batch_first), out_proj.weight, out_proj.bias), weights
 
-    def _serves(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """True if these are inputs that torch would take."""
-        rank = query.dim()
-        if rank not in (2, 3) or key.dim() != rank or value.dim() != rank or key.shape[:-1] != value.shape[:-1]:
-            return False
-        batch_dim = 0 if self.batch_first else 1
-        return (rank == 2 or query.shape[batch_dim] == key.shape[batch_dim]) and self._fits(query, key, value)
+    def _sizes(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int] | None:
+        """Batch, heads, queries and keys; None for inputs that torch would not take."""
+        shape = query.shape
+        key_shape = shape if key is query else key.shape
+        rank = len(shape)
+        if (
+            rank not in (2, 3) or len(key_shape) != rank or (value is not key and key_shape[:-1] != value.shape[:-1])
+            or not self._fits(query, key, value)
+        ):  # fmt: skip
+            return None
+        if rank == 2:
+            return 1, self.num_heads, shape[0], key_shape[0]
+        batch, length = (0, 1) if self.batch_first else (1, 0)
+        if shape[batch] != key_shape[batch]:
+            return None
+        return shape[batch], self.num_heads, shape[length], key_shape[length]
 
     def _fits(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """True if widths and dtypes go with the weights."""
-        return (
-            query.size(-1) == self.embed_dim and key.size(-1) == self.kdim and value.size(-1) == self.vdim
-            and query.is_floating_point() and (self.bias_k is None) == (self.bias_v is None)
-            and (
-                query.dtype == key.dtype == value.dtype == self.out_proj.weight.dtype
-                or torch.is_autocast_enabled(query.device.type)
-            )
-        )  # fmt: skip
+        weight = self.in_proj_weight if self._qkv_same_embed_dim else self.q_proj_weight
+        if query.size(-1) != self.embed_dim or (self.bias_k is None) is not (self.bias_v is None):
+            return False
+        if key.size(-1) != self.kdim or value.size(-1) != self.vdim:
+            return False
+        dtype = query.dtype
+        if dtype is key.dtype and dtype is value.dtype and dtype is weight.dtype:
+            return True
+        return query.is_floating_point() and torch.is_autocast_enabled(query.device.type)
 
     def _projections(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
         """Query, key and value ``[B, H, L, D]`` of three inputs."""
@@ -113,7 +121,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         return [
-            split_heads(F.linear(x, weight, bias), self, 1, self.batch_first)[0]  # type: ignore[arg-type]
+            _heads(F.linear(x, weight, bias), self, self.batch_first)  # type: ignore[arg-type]
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         ]
 
@@ -131,7 +139,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             extra += 1
         return k, v, None if mask is None else F.pad(mask, (0, extra), value=float(mask.dtype == torch.bool))
 
-    def _serves_nested(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool) -> bool:
+    def _takes_nested(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool) -> bool:
         """True for nested tensors ``[B, jagged, E]`` of one layout; where weights are asked for, without gradients."""
         same_kind = all(t.is_nested and t.layout == query.layout and t.dim() == 3 for t in (query, key, value))
         if query.layout == torch.jagged and any(t.lengths() is not None for t in (query, key, value)):
@@ -249,27 +257,34 @@ def project(
     weight, bias = attn.in_proj_weight, attn.in_proj_bias
     assert weight is not None
     if query is key and key is value:
-        return split_heads(F.linear(query, weight, bias), attn, 3, batch_first)
+        return _heads_of_parts(F.linear(query, weight, bias), 3, attn, batch_first)
     width = attn.embed_dim
     if key is value:
         of_q, of_kv = weight.split([width, 2 * width])
         bias_q, bias_kv = (None, None) if bias is None else bias.split([width, 2 * width])
-        (q,) = split_heads(F.linear(query, of_q, bias_q), attn, 1, batch_first)
-        return q, *split_heads(F.linear(key, of_kv, bias_kv), attn, 2, batch_first)
+        q = _heads(F.linear(query, of_q, bias_q), attn, batch_first)
+        return q, *_heads_of_parts(F.linear(key, of_kv, bias_kv), 2, attn, batch_first)
     biases = (None, None, None) if bias is None else bias.chunk(3)
     return [
-        split_heads(F.linear(x, w, b), attn, 1, batch_first)[0]
+        _heads(F.linear(x, w, b), attn, batch_first)
         for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True)
     ]
 
 
-def split_heads(x: Tensor, attn: nn.MultiheadAttention, count: int, batch_first: bool) -> Sequence[Tensor]:
-    """``[B, L, count * E]``, ``[L, B, count * E]`` or ``[L, count * E]`` to `count` views ``[B, H, L, D]``."""
-    parts = x.view(*x.shape[:-1], count, attn.num_heads, attn.head_dim)
+def _heads(x: Tensor, attn: nn.MultiheadAttention, batch_first: bool) -> Tensor:
+    """``[B, L, E]``, ``[L, B, E]`` or ``[L, E]`` seen as ``[B, H, L, D]``."""
     if x.dim() == 2:
-        parts = parts.unsqueeze(0)
-    order = (2, 0, 3, 1, 4) if batch_first or x.dim() == 2 else (2, 1, 3, 0, 4)
-    return parts.permute(order).unbind(0)
+        return x.view(1, x.shape[0], attn.num_heads, attn.head_dim).transpose(1, 2)
+    heads = x.view(x.shape[0], x.shape[1], attn.num_heads, attn.head_dim)
+    return heads.transpose(1, 2) if batch_first else heads.permute(1, 2, 0, 3)
+
+
+def _heads_of_parts(x: Tensor, count: int, attn: nn.MultiheadAttention, batch_first: bool) -> Sequence[Tensor]:
+    """``[..., count * E]`` as `count` views ``[B, H, L, D]``, of which the backward pass makes one tensor at once."""
+    if x.dim() == 2:
+        x, batch_first = x.unsqueeze(0), True
+    parts = x.view(x.shape[0], x.shape[1], count, attn.num_heads, attn.head_dim)
+    return parts.permute(2, 0, 3, 1, 4).unbind() if batch_first else parts.permute(2, 1, 3, 0, 4).unbind()
 
 
 def join_heads(x: Tensor, like: Tensor, batch_first: bool) -> Tensor:

@@ -198,15 +198,16 @@ def attention_with_weights(
         None, None, None, None, "top_left", None,
     )  # fmt: skip
     if torch.compiler.is_compiling() or not backend.use_triton(query):
-        with torch.autocast(query.device.type, enabled=False) if autocast else _NOTHING:
-            out, weights = eager.attention_with_weights(inputs, options, average)
-        return out, weights[:, 0] if average else weights
+        if not autocast:
+            return eager.attention_with_weights(inputs, options, average)
+        with torch.autocast(query.device.type, enabled=False):
+            return eager.attention_with_weights(inputs, options, average)
     _refuse_vmap(query)
     if _needs_gradients(inputs):
         out, weights = op.AttentionWithWeights.apply(*inputs, *options, average)
     else:
         out, weights, _ = op.forward_with_weights(inputs, options, average)
-    return out, weights[:, 0] if average else weights
+    return out, weights
 
 
 def attention_varlen(
@@ -520,9 +521,10 @@ def _checked(
         query, key, value = operator.autocast_inputs(query.device.type, query, key, value)
     batch, nhead, _, head_dim = query.shape
     key_batch, key_nhead, len_k, key_dim = key.shape
+    value_batch, value_nhead, value_len, _ = value.shape
     if (
         key_batch != batch or (key_nhead != nhead and not enable_gqa) or key_dim != head_dim
-        or value.shape[0] != batch or value.shape[1] != key_nhead or value.shape[2] != len_k
+        or value_batch != batch or value_nhead != key_nhead or value_len != len_k
         or key.dtype != query.dtype or value.dtype != query.dtype
         or key.device != query.device or value.device != query.device
         or nhead == 0 or head_dim == 0 or query.dtype not in _DTYPES
@@ -537,8 +539,12 @@ def _checked_mask(attn_mask: Tensor, query: Tensor, full: tuple[int, ...]) -> Te
     """The mask as four dimensions, each of them 1 or full; raises if it cannot broadcast."""
     if not isinstance(attn_mask, Tensor) or not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
         checks.fail_type("attn_mask", "a bool or floating tensor", attn_mask)
-    shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-    if len(shape) != 4 or any(size not in (1, whole) for size, whole in zip(shape, full, strict=True)):
+    shape = attn_mask.shape
+    if len(shape) != 4:
+        shape = torch.Size([1] * (4 - len(shape)) + list(shape))
+    if len(shape) != 4 or not (
+        shape[0] in (1, full[0]) and shape[1] in (1, full[1]) and shape[2] in (1, full[2]) and shape[3] in (1, full[3])
+    ):
         checks.fail_value("attn_mask", f"a shape that broadcasts to [B, H, Lq, Lk] = {list(full)}", attn_mask)
     if attn_mask.device != query.device:
         checks.fail_value("attn_mask", f"device {query.device}, that of query", attn_mask)

@@ -178,18 +178,19 @@ def _has_rows_of_large(attn_mask: Tensor) -> bool:
 
 
 def attention_with_weights(inputs: Inputs, options: Options, average: bool) -> tuple[Tensor, Tensor]:
-    """Output and softmax weights after dropout, ``[B, H or 1, Lq, Lk]``, of a dense batch; differentiable."""
+    """Output and softmax weights after dropout, ``[B, H, Lq, Lk]`` or averaged ``[B, Lq, Lk]``, of a dense batch;
+    differentiable."""
     query, key, value, *_ = inputs
     wide = wide_dtype(query)
-    scores, nothing = scores_of(query.to(wide), key.to(wide), inputs, options, 0)
-    weights = _softmax(scores, nothing)
+    scores, seeing = scores_of(_as(wide, query), _as(wide, key), inputs, options, 0)
+    weights = _softmax(scores, seeing)
     if inputs.seed is not None:
         if torch.compiler.is_compiling():  # a mask of ours would become a constant of the graph
             weights = torch.dropout(weights, options.dropout_p, True)
         else:
             weights = dropout.dropout(weights, inputs.seed, options.dropout_p)
-    out = (weights @ value.to(wide)).to(query.dtype)
-    return out, weights.mean(1, keepdim=True) if average else weights
+    out = _as(query.dtype, weights @ _as(wide, value))
+    return out, weights.mean(1) if average else weights
 
 
 def _some_queries(
@@ -200,8 +201,8 @@ def _some_queries(
     wide = wide_dtype(query)
     if (group := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores, nothing = scores_of(query[:, :, start:end].to(wide), key.to(wide), inputs, options, start)
-    probabilities = _softmax(scores, nothing)
+    scores, seeing = scores_of(query[:, :, start:end].to(wide), key.to(wide), inputs, options, start)
+    probabilities = _softmax(scores, seeing)
     if inputs.seed is not None:
         if first_rows is None and end - start < query.shape[2]:
             first_rows = [part * query.shape[2] for part in range(query.shape[0] * query.shape[1])]
@@ -212,13 +213,18 @@ def _some_queries(
     if not return_lse:
         return out, None
     lse = scores.logsumexp(-1)
-    return out, lse if nothing is None else lse.masked_fill(nothing, float("-inf"))
+    return out, lse if seeing is None else lse.masked_fill(~seeing[..., 0], float("-inf"))
 
 
-def _softmax(scores: Tensor, nothing: Tensor | None) -> Tensor:
+def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
+    """`t.to(dtype)`, which takes the host a microsecond even where there is nothing to do."""
+    return t if t.dtype is dtype else t.to(dtype)
+
+
+def _softmax(scores: Tensor, seeing: Tensor | None) -> Tensor:
     """Of what `scores_of` gives: 0 in rows that see nothing."""
     weights = scores.softmax(-1)
-    return weights if nothing is None else weights.masked_fill(nothing[..., None], 0.0)
+    return weights if seeing is None else weights * seeing
 
 
 def attention_weights(inputs: Inputs, options: Options, first_row: int, row_count: int, average: bool) -> Tensor:
@@ -242,19 +248,19 @@ def attention_weights(inputs: Inputs, options: Options, first_row: int, row_coun
     for start in range(0, row_count, step):
         rows = min(step, row_count - start)
         part = query[:, :, first_row + start : first_row + start + rows].to(wide)
-        scores, nothing = scores_of(part, key, inputs, options, first_row + start)
-        weights = _softmax(scores, nothing)
+        scores, seeing = scores_of(part, key, inputs, options, first_row + start)
+        weights = _softmax(scores, seeing)
         whole[:, :, start : start + rows] = weights.mean(1, keepdim=True) if average else weights
     return whole
 
 
 def scores_of(query: Tensor, key: Tensor, inputs: Inputs, options: Options, start: int) -> tuple[Tensor, Tensor | None]:
-    """Masked scores ``[B, H, rows, Lk]`` of the queries from `start` on, and which of them see nothing (None: each sees
-    something).
+    """Masked scores ``[B, H, rows, Lk]`` of the queries from `start` on, and which of them see anything, ``[..., 1]``
+    with batch, heads and rows that broadcast (None: all do).
 
-    The scores of such a row are 0, not -inf, so that no NaN arises from it forward or backward.
+    The scores of a row that sees nothing are finite, not -inf, so that no NaN arises from it forward or backward.
     """
-    scores = query @ key.transpose(-1, -2) * options.softmax_scale
+    scores = (query @ key.transpose(-1, -2)).mul_(options.softmax_scale)
     if options.softcap > 0.0:
         scores = options.softcap * (scores / options.softcap).tanh()
     rows, len_k = query.shape[2], key.shape[2]
@@ -290,13 +296,16 @@ def scores_of(query: Tensor, key: Tensor, inputs: Inputs, options: Options, star
         assert inputs.tiles is not None
         seen = elements_seen(inputs.block_map, inputs.tiles, start, rows, len_k)
         allowed = seen if allowed is None else allowed & seen
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, float("-inf"))
     first_is_seen = options.left < 0 and (options.right < 0 or offset + options.right >= 0)
     if len_k > 0 and mask is None and inputs.block_map is None and first_is_seen:  # by every query
-        return scores, None
-    nothing = (scores == float("-inf")).all(-1)
-    return scores.masked_fill(nothing[..., None], 0.0), nothing
+        return scores if allowed is None else scores.masked_fill(~allowed, float("-inf")), None
+    if allowed is not None and inputs.relative_bias is None and (mask is None or mask.dtype == torch.bool):
+        seeing = allowed.any(-1, keepdim=True)
+        return scores.masked_fill(allowed ^ seeing, float("-inf")), seeing  # a row that sees nothing stays as it is
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    seeing = (scores != float("-inf")).any(-1, keepdim=True)
+    return scores.masked_fill(~seeing, 0.0), seeing
 
 
 def elements_seen(block_map: Tensor, tiles: Tensor, start: int, rows: int, len_k: int) -> Tensor:

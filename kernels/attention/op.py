@@ -69,13 +69,13 @@ class Attention(torch.autograd.Function):
 
 
 def forward_with_weights(inputs: Inputs, options: Options, average: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, softmax weights after dropout and statistics, on the kernels."""
+    """As `eager.attention_with_weights`, and statistics, on the kernels."""
     from .triton_planes import softmax_weights
 
     out, _, statistics = forward(inputs, options, False)
     assert statistics is not None
     weights = softmax_weights(statistics, inputs, options, 0, inputs.query.shape[2], average)
-    return out, weights, statistics
+    return out, weights[:, 0] if average else weights, statistics
 
 
 class AttentionWithWeights(torch.autograd.Function):
