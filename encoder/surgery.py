@@ -12,7 +12,18 @@ from typing import Any
 
 from torch import nn
 
+from .multihead_attention import MultiheadAttention
+from .transformer import Transformer, TransformerDecoder
+from .transformer_decoder_layer import TransformerDecoderLayer
 from .transformer_encoder_layer import TransformerEncoderLayer
+
+_OF_TORCH: dict[type, Any] = {
+    nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: TransformerDecoderLayer,
+    nn.MultiheadAttention: MultiheadAttention,
+}
+_STACKS: dict[type, type] = {TransformerDecoder: nn.TransformerDecoder, Transformer: nn.Transformer}
+"""Of which only the layers differ from torch's."""
 
 
 @dataclass
@@ -22,13 +33,14 @@ class FuseReport:
     fused: dict[str, str] = field(default_factory=dict)
     """Path to the name of the class that now runs there."""
     left: dict[str, str] = field(default_factory=dict)
-    """Path to the reason why an encoder layer stays as it was ("" is the path of the model itself)."""
+    """Path to the reason why a layer stays as it was ("" is the path of the model itself)."""
 
 
 def fuse(model: nn.Module) -> FuseReport:
-    """Run the encoder layers inside `model` on the fused kernels, in place.
+    """Run the layers inside `model` on the fused kernels, in place.
 
-    Knows `nn.TransformerEncoderLayer` and the layers of Hugging Face's BERT, RoBERTa, XLM-RoBERTa, CamemBERT
+    Knows `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer`, an `nn.MultiheadAttention` that is no part of one,
+    and the layers of Hugging Face's BERT, RoBERTa, XLM-RoBERTa, CamemBERT
     and ELECTRA. Parameters, state_dict and `save_pretrained` are untouched. On the CPU the encoders of these
     Hugging Face models also leave padding out: tokens are packed once, run through all layers and are unpacked
     once, so hidden states at padded positions come back as 0 (unfused they hold values nobody should use).
@@ -50,13 +62,20 @@ def fuse(model: nn.Module) -> FuseReport:
         >>> fusenc.unfuse(model)
     """
     _require_module(model)
-    replacements: dict[type, Any] = {nn.TransformerEncoderLayer: TransformerEncoderLayer}
     of_transformers, problem = _of_transformers()
-    replacements.update(of_transformers)
+    replacements = {**_OF_TORCH, **of_transformers}
+    parts = {  # a layer computes these itself, fused or not
+        part
+        for layer in model.modules()
+        if isinstance(layer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+        for part in layer.children()
+    }
     report = FuseReport()
     if problem and any(type(module).__module__.startswith("transformers.") for module in model.modules()):
         report.left[""] = problem
     for path, module in model.named_modules():
+        if module in parts:
+            continue
         replacement = replacements.get(type(module))
         reason = _why_left(module, tuple(replacements)) if replacement is None else replacement.why_not_fused(module)
         if reason:
@@ -65,21 +84,20 @@ def fuse(model: nn.Module) -> FuseReport:
             module.__class__ = replacement
             report.fused[path] = replacement.__name__
     if not report.fused and not report.left:
-        report.left[""] = f"{type(model).__name__} holds no encoder layer of a supported family"
+        report.left[""] = f"{type(model).__name__} holds no layer of a supported family"
     return report
 
 
 def unfuse(model: nn.Module) -> None:
     """Undo `fuse`: every fused layer inside `model` runs the forward of the class it had before.
 
-    A `fusenc.TransformerEncoderLayer` that was built as such becomes torch's too.
+    What was built as a class of fusenc becomes torch's too.
 
     Raises:
         TypeError: `model` is no nn.Module.
     """
     _require_module(model)
-    replaced: dict[type, type] = {TransformerEncoderLayer: nn.TransformerEncoderLayer}
-    replaced.update({fused: plain for plain, fused in _of_transformers()[0].items()})
+    replaced = {fused: plain for plain, fused in (*_OF_TORCH.items(), *_of_transformers()[0].items())} | _STACKS
     for module in model.modules():
         plain = replaced.get(type(module))
         if plain is not None:
@@ -98,7 +116,7 @@ def _of_transformers() -> tuple[dict[type, type], str]:
 
 
 def _why_left(module: nn.Module, known: tuple[type, ...]) -> str:
-    if isinstance(module, TransformerEncoderLayer):
+    if isinstance(module, tuple(_OF_TORCH.values())):
         return "already fused"
     if isinstance(module, known):
         fused = any(type(module).__mro__[1] is kind for kind in known) and type(module).__module__.startswith("fusenc.")
