@@ -141,14 +141,16 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _takes_nested(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool) -> bool:
         """True for nested tensors ``[B, jagged, E]`` of one layout; where weights are asked for, without gradients."""
-        same_kind = all(t.is_nested and t.layout == query.layout and t.dim() == 3 for t in (query, key, value))
-        if query.layout == torch.jagged and any(t.lengths() is not None for t in (query, key, value)):
-            return False  # with holes between the sequences
-        if not same_kind or not self.batch_first or self.bias_k is not None or self.add_zero_attn:
+        tensors = (query, key, value)
+        if not all(t.is_nested and t.layout == query.layout and t.dim() == 3 for t in tensors):
             return False
+        if not self.batch_first or self.bias_k is not None or self.add_zero_attn:
+            return False
+        if query.layout == torch.jagged and any(t.lengths() is not None for t in tensors):  # type: ignore[attr-defined]
+            return False  # with holes between the sequences
         if need_weights and (
             (self.training and self.dropout > 0.0)
-            or (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, *self.parameters())))
+            or (torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *self.parameters())))
         ):
             return False
         return self._fits(query, key, value)
@@ -167,16 +169,20 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         of_q, of_k = (Packing(n, q_tokens.device) for n in (lengths, key_lengths))
         q, k, v = (t[0].transpose(0, 1) for t in self._projections(q_tokens, k_tokens, v_tokens))
-        starts = (of_q.cu_seqlens, of_k.cu_seqlens, of_q.longest, of_k.longest)
+        out: Any = kernels.attention_varlen(
+            q, k, v, of_q.cu_seqlens, of_k.cu_seqlens, of_q.longest, of_k.longest,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
         weights = None
         if need_weights:
-            names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-            weights = kernels.attention_weights(q, k, average=average, **dict(zip(names, starts, strict=True)))
-            weights = weights.to(query.dtype)
-        out: Any = kernels.attention_varlen(q, k, v, *starts, dropout_p=self.dropout if self.training else 0.0)
+            weights = kernels.attention_weights(
+                q, k, average=average, cu_seqlens_q=of_q.cu_seqlens, cu_seqlens_k=of_k.cu_seqlens,
+                max_seqlen_q=of_q.longest, max_seqlen_k=of_k.longest,
+            ).to(query.dtype)  # fmt: skip
         out = F.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)
         if query.layout == torch.jagged:
-            return torch.nested.nested_tensor_from_jagged(out, query.offsets()), weights
+            jagged: Any = query
+            return torch.nested.nested_tensor_from_jagged(out, jagged.offsets()), weights
         return torch.nested.as_nested_tensor(list(out.split(lengths))), weights
 
 

@@ -253,6 +253,8 @@ def test_nested_tensors_as_torch_takes_them():
     for module in (theirs.train(), ours.train()):  # torch has no gradients of nested weights, nor have we
         with pytest.raises(AssertionError, match="does not support NestedTensor outside of its fast path"):
             module(x, x, x)
+        with pytest.raises(AssertionError, match="does not support NestedTensor outside of its fast path"):
+            module(x, sequences[0][None], sequences[0][None])
     with pytest.raises(AssertionError, match="sequence lengths"):
         ours(x, x, torch.nested.nested_tensor(sequences[::-1]), need_weights=False)
 
