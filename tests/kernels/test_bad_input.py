@@ -10,6 +10,7 @@ from fusenc.kernels import (
     attention,
     attention_varlen,
     attention_weights,
+    attention_with_weights,
     ffn,
     get_backend,
     last_backend,
@@ -111,8 +112,9 @@ def test_float8(monkeypatch):
         attention(q8, q8, q8, value_scale=torch.ones(5))
     with pytest.raises(ValueError, match=r"^attn_mask: expected a tensor that needs no gradient"):
         attention(q8, q8, q8, torch.ones(5, 5, requires_grad=True))
-    with pytest.raises(TypeError, match=r"^query: expected a float32"):
-        attention_weights(q8, q8)
+    for call in (attention_weights, attention_with_weights):
+        with pytest.raises(TypeError, match=r"^query: expected a float32"):
+            call(*[q8] * (2 if call is attention_weights else 3))
     for name, has in {"sm_80": False, "sm_89": True, "sm_90": True, "sm_120": True, "gfx942": False, "": True}.items():
         monkeypatch.setattr(launch, "architecture", lambda index, name=name: name)
         assert launch.has_float8(None) == has
@@ -168,6 +170,18 @@ def test_attention_weights(queries):
         attention_weights(Q, Q, queries=queries[0])
     with pytest.raises(ValueError, match=r"^key: expected .*, got "):
         attention_weights(Q, Q[..., :4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((Q, Q[:, :1], Q[:, :1]), "key"), ((Q, Q, Q[:, :, :2]), "value"), ((Q, Q, Q, torch.ones(3, 5)), "attn_mask"),
+        ((Q, Q, Q, None, 1.5), "dropout_p"), ((Q, Q, Q, torch.ones(1, 1, 1, 1, 5)), "attn_mask"),
+    ],
+)  # fmt: skip
+def test_attention_with_weights(arguments, named):
+    with pytest.raises(ValueError, match=f"^{named}: expected .*, got "):
+        attention_with_weights(*arguments)
 
 
 @pytest.mark.parametrize(
