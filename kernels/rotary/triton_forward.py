@@ -13,9 +13,10 @@ from ..common import launch
 @triton.jit
 def rotate_heads(
     x_ptr, out_ptr, batch, token, token_ok, strides, out_strides, first, last, cos, sin, half, head_size,
-    INTERLEAVED: tl.constexpr, REST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, REST: tl.constexpr, FAR: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """Rotate heads `first` to `last` of some tokens and copy the columns beyond the rotated ones."""
+    half = tl.cast(half, tl.int64 if FAR else tl.int32)
     x_rows = x_ptr + batch * strides[0] + token[:, None] * strides[2]
     out_rows = out_ptr + batch * out_strides[0] + token[:, None] * out_strides[2]
     dtype = out_ptr.dtype.element_ty
@@ -23,14 +24,14 @@ def rotate_heads(
         at = tl.cast(head, tl.int64)
         x_head, out_head = x_rows + at * strides[1], out_rows + at * out_strides[1]
         if INTERLEAVED:
-            column = tl.arange(0, 2 * BLOCK_H)
+            column = tl.arange(0, 2 * BLOCK_H).to(half.dtype)
             inside = token_ok[:, None] & (column < 2 * half)[None, :]
             x = tl.load(x_head + column[None, :] * strides[3], mask=inside, other=0.0).to(tl.float32)
             a, b = tl.split(x.reshape(token.shape[0], BLOCK_H, 2))
             out = tl.join(a * cos - b * sin, b * cos + a * sin).reshape(token.shape[0], 2 * BLOCK_H)
             tl.store(out_head + column[None, :] * out_strides[3], out.to(dtype), mask=inside)
         else:
-            column = tl.arange(0, BLOCK_H)
+            column = tl.arange(0, BLOCK_H).to(half.dtype)
             inside = token_ok[:, None] & (column < half)[None, :]
             a_ptrs, a_out = x_head + column[None, :] * strides[3], out_head + column[None, :] * out_strides[3]
             b_ptrs, b_out = a_ptrs + half * strides[3], a_out + half * out_strides[3]
@@ -50,17 +51,18 @@ def rotary_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, ids_ptr, q_out_ptr, k_out_ptr, q_strides, k_strides, q_out_strides, k_out_strides,
     table_strides, ids_strides, tokens, tiles, heads_q, heads_k, heads_per_program, positions, half, head_size,
     HAS_IDS: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_REST: tl.constexpr,
+    FAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     # One program takes BLOCK_M tokens of a sequence and some of the heads, query's first and key's after them. It reads
     # the tokens' cosines and sines once, and each of its elements once, and writes each once.
     #   (a, b) -> (a cos - b sin, b cos + a sin)    (Su et al., "RoFormer", 2021, equation 34)
     # The pairs (a, b) are the two halves of the rotated columns, or neighbours (INTERLEAVED). The backward pass is the
-    # rotation by the negative angle (INVERSE). A position out of range reads nothing and gives NaN.
+    # rotation by the negative angle (INVERSE). A position out of range reads nothing and gives NaN. With FAR the columns
+    # of a row lie so far apart that their offsets take 64 bits.
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     token = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     token_ok = token < tokens
-    pair = tl.arange(0, BLOCK_H)
+    pair = tl.arange(0, BLOCK_H).to(tl.int64)
     row, row_ok = token, token_ok
     if HAS_IDS:
         row = tl.load(ids_ptr + batch * ids_strides[0] + token * ids_strides[1], mask=token_ok, other=0).to(tl.int64)
@@ -75,11 +77,11 @@ def rotary_kernel(
     last = tl.minimum(first + heads_per_program, heads_q + heads_k)
     rotate_heads(
         q_ptr, q_out_ptr, batch, token, token_ok, q_strides, q_out_strides, first, tl.minimum(last, heads_q),
-        cos, sin, half, head_size, INTERLEAVED, REST, BLOCK_H, BLOCK_REST,
+        cos, sin, half, head_size, INTERLEAVED, REST, FAR, BLOCK_H, BLOCK_REST,
     )  # fmt: skip
     rotate_heads(
         k_ptr, k_out_ptr, batch, token, token_ok, k_strides, k_out_strides, tl.maximum(first - heads_q, 0),
-        last - heads_q, cos, sin, half, head_size, INTERLEAVED, REST, BLOCK_H, BLOCK_REST,
+        last - heads_q, cos, sin, half, head_size, INTERLEAVED, REST, FAR, BLOCK_H, BLOCK_REST,
     )  # fmt: skip
 
 
@@ -122,12 +124,15 @@ def rotate(
     heads_per_program = triton.cdiv(heads_q + heads_k, splits)
     grid = (batch * tiles, triton.cdiv(heads_q + heads_k, heads_per_program))
     k, k_out = (query, out) if key is None or key_out is None else (key, key_out)
+    far = (
+        max(t.stride(-1) for t in (query, k, out, k_out)) * head_size >= 2**31
+    )  # from a row's first column to its last
     with launch.on_device_of(query):
         rotary_kernel[grid](
             query, k, cos, sin, ids, out, k_out, _strides(query), _strides(k), _strides(out), _strides(k_out),
             table_strides, ids_strides, tokens, tiles, heads_q, heads_k, heads_per_program, cos.shape[0], half,
             head_size, HAS_IDS=position_ids is not None, INTERLEAVED=interleaved, INVERSE=inverse, REST=rest > 0,
-            BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_REST=max(16, launch.power_of_2(rest)), num_warps=4,
+            FAR=far, BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_REST=max(16, launch.power_of_2(rest)), num_warps=4,
             **launch.COMPILE_OPTIONS,
         )  # fmt: skip
     return out, key_out

@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from fusenc.kernels import add_norm, attention, ffn
+from fusenc.kernels import add_norm, attention, embed_norm, ffn, rotary, rotary_tables
 
 pytestmark = [pytest.mark.kernel, pytest.mark.interpreter]
 GUARD = 64
@@ -69,7 +69,11 @@ CALLS = {
     ),
     "add_norm, wide": (add_norm, [(3, 20001), (3, 20001), (20001,), (20001,)]),
     "ffn": (ffn, [(33, 24), (70, 24), (70,), (20, 70), (20,)]),
-}
+    "embed_norm": (
+        lambda *tables: embed_norm(torch.tensor([[3, 1, 3], [0, 4, 4]]), *tables), [(5, 40), (3, 40), (2, 40), (40,)],
+    ),
+    "rotary": (lambda q: rotary(q, None, *rotary_tables(7, 12))[0], [(2, 3, 7, 20)]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(CALLS))
@@ -91,10 +95,10 @@ def test_the_guards_catch_an_overrun(outputs):
         intact(outputs)
 
 
-def far(t: torch.Tensor) -> torch.Tensor:
-    """A copy of `t` whose first dimension steps over more than 2**31 elements; rows between stay untouched."""
-    whole = torch.empty((t.shape[0] - 1) * FAR + t[0].numel(), dtype=t.dtype)
-    view = whole.as_strided(t.shape, (FAR, *t.stride()[1:]))
+def far(t: torch.Tensor, dimension: int = 0, step: int = FAR) -> torch.Tensor:
+    """A copy of `t` one of whose dimensions steps over `step` elements; what lies between stays untouched."""
+    whole = torch.empty((t.shape[dimension] - 1) * step + t.numel(), dtype=t.dtype)
+    view = whole.as_strided(t.shape, [step if d == dimension else n for d, n in enumerate(t.stride())])
     view.copy_(t)
     return view
 
@@ -116,3 +120,14 @@ def test_rows_beyond_2_to_the_31_elements(width):
 def test_batches_beyond_2_to_the_31_elements():
     q, k, v = (torch.randn(2, 1, 20, 16).half() for _ in range(3))
     assert torch.equal(attention(far(q), far(k), far(v)), attention(q, k, v))
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
+@pytest.mark.parametrize("dimension", range(4), ids=["batches", "heads", "tokens", "columns"])
+def test_heads_beyond_2_to_the_31_elements(dimension, interleaved):
+    q = torch.randn(2, 2, 2, 4).half()
+    cos, sin = rotary_tables(2, 4 if interleaved else 2)
+    step = FAR // 2 if dimension == 3 else FAR  # the third column is then beyond
+    near = rotary(q, q.flip(0), cos, sin, interleaved=interleaved)
+    away = [far(t, dimension, step) for t in (q, q.flip(0))]
+    assert all(torch.equal(a, b) for a, b in zip(rotary(*away, cos, sin, interleaved=interleaved), near, strict=True))
