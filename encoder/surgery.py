@@ -63,7 +63,7 @@ def fuse(model: nn.Module) -> FuseReport:
             report.left[path] = reason
         elif replacement is not None:
             module.__class__ = replacement
-            report.fused[path] = replacement.__name__
+            report.fused[path] = replacement.__qualname__
     if not report.fused and not report.left:
         report.left[""] = f"{type(model).__name__} holds no encoder layer of a supported family"
     return report

@@ -1,6 +1,13 @@
 """Fused layers and encoders of Hugging Face's models. Imported only where transformers already is."""
 
-from . import bert
+from . import bart, bert, clip, modernbert, t5, vit
 
-REPLACEMENTS: dict[type, type] = {**bert.REPLACEMENTS}
+REPLACEMENTS: dict[type, type] = {
+    **bert.REPLACEMENTS,
+    **vit.REPLACEMENTS,
+    **clip.REPLACEMENTS,
+    **modernbert.REPLACEMENTS,
+    **t5.REPLACEMENTS,
+    **bart.REPLACEMENTS,
+}
 """Each class that `fuse` knows here, and the class that takes its place."""
