@@ -1,9 +1,12 @@
 """Fused layers and encoders of Hugging Face's models. Imported only where transformers already is."""
 
-from . import bart, bert, clip, modernbert, t5, vit
+from . import albert, bart, bert, clip, distilbert, modernbert, mpnet, t5, vit
 
 REPLACEMENTS: dict[type, type] = {
     **bert.REPLACEMENTS,
+    **distilbert.REPLACEMENTS,
+    **albert.REPLACEMENTS,
+    **mpnet.REPLACEMENTS,
     **vit.REPLACEMENTS,
     **clip.REPLACEMENTS,
     **modernbert.REPLACEMENTS,

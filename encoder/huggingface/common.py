@@ -26,7 +26,7 @@ ACTIVATIONS = {
 }  # fmt: skip
 """The kernels' name of an activation module of transformers."""
 
-IMPLEMENTATIONS = frozenset({"eager", "sdpa"})
+IMPLEMENTATIONS = frozenset({"eager", "sdpa", "fusenc"})
 """Implementations of attention that the fused forwards stand in for; others may compute something else."""
 
 CAPTURE = output_capturing.__name__
@@ -54,12 +54,36 @@ def fused_class(mixin: type, plain: type, **attributes: Any) -> type:
 
 def why_not_attention(attention: Any, projections: Iterable[str], name: str, head_dim: int) -> str:
     """Why an attention module's part of a fused forward cannot run, or ""; `name` is how the report calls it."""
-    implementation = attention.config._attn_implementation
-    if implementation not in IMPLEMENTATIONS:
-        return f"attention implementation {implementation} is not fused"
+    config = getattr(attention, "config", None)  # MPNet's has none: its attention has one implementation
+    if config is not None and config._attn_implementation not in IMPLEMENTATIONS:
+        return f"attention implementation {config._attn_implementation} is not fused"
     if head_dim > MAX_HEAD_DIM:
         return f"the head size is above {MAX_HEAD_DIM}"
-    return why_not_plain((f"{name}.{part}", attention._modules[part], nn.Linear) for part in projections)
+    return why_not_linear((f"{name}.{part}", attention._modules[part]) for part in projections)
+
+
+def why_not_linear(modules: Iterable[tuple[str, nn.Module]]) -> str:
+    """Why these modules, which a fused forward calls, are no linear layers of single tokens, or "".
+
+    That is `nn.Linear`, or peft's plain LoRA around one: what they give for a token depends on that token alone.
+    """
+    for name, module in modules:
+        kind = type(module)
+        if kind is nn.Linear:
+            hooked = has_hooks(module)
+        elif is_lora(module):
+            hooked = any(has_hooks(part) for part in module.modules())
+        else:
+            return f"{name} is a {kind.__module__}.{kind.__qualname__}, not an nn.Linear"
+        if hooked:
+            return f"{name} has hooks or a forward of its own"
+    return ""
+
+
+def is_lora(module: Any) -> bool:
+    """True for peft's LoRA around a linear layer, without one of the variants that replace its formula."""
+    kind = type(module)
+    return kind.__module__ == "peft.tuners.lora.layer" and kind.__qualname__ == "Linear" and not module.lora_variant
 
 
 def why_not_activation(activation: Any) -> str:
@@ -207,17 +231,20 @@ class PaddingFree(nn.Module):
     @classmethod
     def why_not_fused(cls, encoder: Any) -> str:
         """Why an encoder cannot run fused, or "": it needs each of its layers fused."""
-        return why_a_layer_is_not_fused(encoder._modules[cls.layer_list], cls.fused_layer)
+        return why_a_layer_is_not_fused(cls.layers_of(encoder), cls.fused_layer)
 
-    def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:  # fmt: skip
+    @classmethod
+    def layers_of(cls, encoder: Any) -> Iterable[Any]:
+        """The layers of an encoder."""
+        return encoder._modules[cls.layer_list]
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the family's own encoder; hidden states at padded positions may come back as 0."""
         inputs = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         plan = None
-        if not args and inputs is not None and not self._records(kwargs):
+        if inputs is not None and not self._asks_for_more(args, kwargs):
             plan = self._plan(inputs, attention_mask)
-        if plan is None or not all_fused(self._modules[self.layer_list], self.fused_layer):  # type: ignore[arg-type]
+        if plan is None or not self._all_fused():
             return super().forward(input_ids, attention_mask, *args, **kwargs)
         attention_mask, options = plan
         out = super().forward(input_ids, attention_mask, **options, **kwargs)
@@ -229,6 +256,10 @@ class PaddingFree(nn.Module):
         out.last_hidden_state = _unpacked(out.last_hidden_state, packing)
         return out
 
+    def _all_fused(self) -> bool:
+        """True if all layers run fused, and nobody looks at what goes from one to the next."""
+        return all_fused(self.layers_of(self), self.fused_layer)
+
     def _plan(self, inputs: Tensor, attention_mask: Any) -> tuple[Any, dict[str, Any]] | None:
         """The mask and further arguments of the stock forward if all layers run fused; None to call it as it is."""
         keep = self._padding(inputs, attention_mask)
@@ -236,12 +267,10 @@ class PaddingFree(nn.Module):
 
     def _padding(self, inputs: Tensor, attention_mask: Any) -> Tensor | None:
         """Which tokens are real, bool ``[B, L]``, if this call can and should leave the others out, else None."""
-        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or not may_pack(inputs):
+        if not isinstance(attention_mask, Tensor) or not may_pack(inputs):
             return None
-        if attention_mask.shape != inputs.shape[:2]:
-            return None
-        keep = attention_mask.bool()
-        if keep.all():
+        keep = self._real_tokens(inputs, attention_mask)
+        if keep is None or keep.all():
             return None
         if self.by_distance:
             begins = keep[:, 0] + (keep[:, 1:] & ~keep[:, :-1]).sum(1)
@@ -249,12 +278,62 @@ class PaddingFree(nn.Module):
                 return None
         return keep
 
-    def _records(self, kwargs: dict[str, Any]) -> bool:
-        """True if the call asks for hidden states or attentions."""
+    def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> Tensor | None:
+        """Which tokens a mask calls real, bool ``[B, L]``; None if it says anything else."""
+        return attention_mask.bool() if attention_mask.shape == inputs.shape[:2] else None
+
+    def _asks_for_more(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """True if the call asks for hidden states or attentions, or for something unknown."""
         config: Any = self.config
-        return any(
+        return bool(args) or any(
             kwargs.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")
         )
+
+
+class PaddingFreeStates(PaddingFree):
+    """A `PaddingFree` encoder that is given hidden states ``[B, L, width]`` and the mask of its attention,
+    ``[B, 1, L, L]``."""
+
+    layer_list = "layer"
+    by_distance = False
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the family's own encoder; hidden states at padded positions may come back as 0."""
+        return super().forward(hidden_states, attention_mask, *args, **kwargs)
+
+    def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> Tensor | None:
+        batch, length = inputs.shape[:2]
+        if attention_mask.shape != (batch, 1, length, length):
+            return None
+        mask = attention_mask[:, 0]
+        of_first_query = mask[:, 0]
+        if mask.dtype == torch.bool:
+            keep = of_first_query
+        else:  # as eager attention adds it to the scores
+            keep = of_first_query == 0
+            if not (of_first_query == torch.where(keep, 0.0, torch.finfo(mask.dtype).min)).all():
+                return None
+        if mask.stride(1) != 0 and not (mask == of_first_query[:, None]).all():
+            return None  # more than a padding mask
+        return keep
+
+    def _asks_for_more(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return asks_for_more(args, kwargs) or bool(collected()) or bool(kwargs.get("output_hidden_states"))
+
+
+def asks_for_more(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True if further arguments of an encoder or a layer change what it computes."""
+    return (
+        any(a is not None for a in args)
+        or any(kwargs.get(name) for name in _FLAGS)
+        or any(kwargs.get(name) is not None for name in _TENSORS)
+    )
+
+
+_FLAGS = ("output_attentions", "is_causal")
+_TENSORS = (
+    "past_key_values", "encoder_hidden_states", "encoder_attention_mask", "position_bias", "cache",
+)  # fmt: skip
 
 
 def _unpacked(x: Tensor, packing: PaddedPacking) -> Tensor:

@@ -37,18 +37,37 @@ class Family(NamedTuple):
     """Reasons that the report may give for what stays as it is."""
     by_distance: bool = False
     """Attention goes by the distance of two tokens, so padding between real tokens stays in."""
+    implementations: tuple[str, ...] = ("sdpa", "eager")
+    """Of attention."""
+    variant: bool = False
+    """Another configuration of a family that is in the table: not run on the GPU path, where launches are slow."""
 
+
+DISTILBERT = {**TEXT, "dim": 48, "n_heads": 4, "hidden_dim": 64, "n_layers": 2, "max_position_embeddings": 64}
+ALBERT = {**BERT, "embedding_size": 24, "num_hidden_layers": 4}
 
 FAMILIES = {
-    "bert": Family("bert", "BertModel", BERT, 3),
-    "bert tanh gelu": Family("bert", "BertModel", {**BERT, "hidden_act": "gelu_new", "layer_norm_eps": 1e-6}, 3),
-    "bert relu": Family("bert", "BertModel", {**BERT, "hidden_act": "relu", "type_vocab_size": 1}, 3),
+    "bert": Family("bert", "BertModel", BERT, 4),
+    "bert tanh gelu": Family(
+        "bert", "BertModel", {**BERT, "hidden_act": "gelu_new", "layer_norm_eps": 1e-6}, 4, variant=True
+    ),
+    "bert relu": Family("bert", "BertModel", {**BERT, "hidden_act": "relu", "type_vocab_size": 1}, 4, variant=True),
     "roberta": Family("roberta", "RobertaModel", BERT, 3),
     "xlm-roberta": Family("xlm-roberta", "XLMRobertaModel", BERT, 3),
     "camembert": Family("camembert", "CamembertModel", BERT, 3),
-    "electra": Family("electra", "ElectraModel", {**BERT, "embedding_size": 48}, 3),
-    "electra small embeddings": Family("electra", "ElectraModel", {**BERT, "embedding_size": 24}, 3),
-}
+    "electra": Family("electra", "ElectraModel", {**BERT, "embedding_size": 48}, 4),
+    "electra narrow embeddings": Family("electra", "ElectraModel", {**BERT, "embedding_size": 24}, 4, variant=True),
+    "distilbert": Family("distilbert", "DistilBertModel", DISTILBERT, 4, ("dropout", "attention_dropout")),
+    "distilbert sinusoidal": Family(
+        "distilbert", "DistilBertModel", {**DISTILBERT, "sinusoidal_pos_embds": True, "activation": "relu"}, 4,
+        ("dropout", "attention_dropout"), variant=True,
+    ),
+    "albert": Family("albert", "AlbertModel", {**ALBERT, "hidden_act": "gelu_new"}, 3),
+    "albert groups": Family(
+        "albert", "AlbertModel", {**ALBERT, "num_hidden_groups": 2, "inner_group_num": 2}, 6, variant=True
+    ),
+    "mpnet": Family("mpnet", "MPNetModel", BERT, 3, by_distance=True, implementations=("eager",)),
+}  # fmt: skip
 
 KINDS = ["dense", "padded", "gaps"]
 
@@ -103,10 +122,9 @@ def fuse(name: str, model: nn.Module) -> fusenc.FuseReport:
     return report
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_fused_is_unfused(name, kind, implementation):
+@pytest.mark.parametrize(("name", "implementation"), [(n, i) for n, f in FAMILIES.items() for i in f.implementations])
+def test_fused_is_unfused(name, implementation, kind):
     model = small_model(name, implementation=implementation)
     keys = list(model.state_dict())
     expected = outcome(model, kind)
@@ -193,7 +211,7 @@ def test_ten_steps_give_the_same_losses(name):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.variant])
 def test_on_the_gpu_path(name, device, backend):
     """From the model to the launches and back, two short sequences."""
     family = FAMILIES[name]
@@ -236,11 +254,11 @@ def test_hidden_states_and_attentions(name):
     fuse(name, model)
     for options in ({"output_hidden_states": True, "output_attentions": True}, {"output_hidden_states": True}):
         got = model(**inputs, **options)
-        assert len(got.hidden_states) == len(expected.hidden_states) == 3
+        assert len(got.hidden_states) == len(expected.hidden_states) >= 3
         for g, e in zip(got.hidden_states, expected.hidden_states, strict=True):
             torch.testing.assert_close(g[real], e[real], rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM * 10)
         if "output_attentions" in options:
-            assert len(got.attentions) == 2
+            assert len(got.attentions) == len(expected.attentions) >= 2
             for g, e in zip(got.attentions, expected.attentions, strict=True):
                 torch.testing.assert_close(g, e, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
     assert (model(**inputs).last_hidden_state[~real] == 0).all()
