@@ -27,9 +27,8 @@ class FuseReport:
     """Path to the reason why a layer stays as it was ("" is the path of the model itself)."""
 
     def __str__(self) -> str:
-        lines = [f"{_count(len(self.fused))} run fused{':' if self.fused else '.'}", *_grouped(self.fused)]
-        if self.left:
-            lines += [f"{_count(len(self.left))} stay as they were:", *_grouped(self.left)]
+        fused, left = (len(paths) or "nothing" for paths in (self.fused, self.left))
+        lines = [f"fused: {fused}", *_grouped(self.fused), f"left as it was: {left}", *_grouped(self.left)]
         return "\n".join(lines)
 
 
@@ -58,8 +57,9 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
         >>> import torch, fusenc
         >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(32, 4, batch_first=True), 2)
         >>> print(fusenc.fuse(model))
-        2 modules run fused:
+        fused: 2
           TransformerEncoderLayer: layers.0, layers.1
+        left as it was: nothing
         >>> fusenc.unfuse(model)
     """
     _require_module(model)
@@ -121,10 +121,6 @@ def _huggingface() -> tuple[Any, str]:
     except (ImportError, AttributeError) as error:
         return None, f"this version of transformers is not supported: {error}"
     return huggingface, ""
-
-
-def _count(modules: int) -> str:
-    return f"{modules or 'no'} module{'s' * (modules != 1)}"
 
 
 def _grouped(texts: dict[str, str]) -> list[str]:
