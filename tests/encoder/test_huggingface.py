@@ -68,7 +68,9 @@ FAMILIES = {
     "albert groups": Family(
         "albert", "AlbertModel", {**ALBERT, "num_hidden_groups": 2, "inner_group_num": 2}, 6, variant=True
     ),
-    "mpnet": Family("mpnet", "MPNetModel", {**BERT, "layer_norm_eps": 1e-5}, 3, by_distance=True, implementations=("eager",)),
+    "mpnet": Family(
+        "mpnet", "MPNetModel", {**BERT, "layer_norm_eps": 1e-5}, 3, by_distance=True, implementations=("eager",)
+    ),
 }  # fmt: skip
 
 KINDS = ["dense", "padded", "gaps"]
