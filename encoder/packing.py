@@ -24,12 +24,16 @@ class Packing:
         self.longest = max(lengths, default=0)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float = 0.0, scale: float | None = None
-    ) -> Tensor:
-        """Attention inside each sequence; ``[T, H, D]`` each, as is the result."""
+        self, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False,
+        dropout_p: float = 0.0, scale: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Attention inside each sequence; ``[T, H, D]`` each, as is the result.
+
+        `attn_mask` is that of `attention_varlen`, indexed by positions inside each sequence.
+        """
         cu_seqlens, longest = self.cu_seqlens, self.longest
         out = attention_varlen(
-            query, key, value, cu_seqlens, cu_seqlens, longest, longest, dropout_p=dropout_p, scale=scale
+            query, key, value, cu_seqlens, cu_seqlens, longest, longest, attn_mask, dropout_p, is_causal, scale
         )
         assert isinstance(out, Tensor)
         return out
@@ -47,7 +51,7 @@ class PaddedPacking(Packing):
         order = lengths.argsort(stable=True)
         sequence, position = keep[order].nonzero(as_tuple=True)
         self._tokens = order[sequence] * keep.shape[1] + position
-        self._shape = keep.shape
+        self.shape = keep.shape
         super().__init__(lengths[order].tolist(), keep.device)
 
     def pack(self, padded: Tensor) -> Tensor:
@@ -56,16 +60,18 @@ class PaddedPacking(Packing):
 
     def unpack(self, packed: Tensor) -> Tensor:
         """``[T, ...]`` to ``[B, L, ...]`` with zeros at the padding; differentiable."""
-        padded = packed.new_zeros(self._shape.numel(), *packed.shape[1:])
-        return padded.index_copy(0, self._tokens, packed).unflatten(0, self._shape)
+        padded = packed.new_zeros(self.shape.numel(), *packed.shape[1:])
+        return padded.index_copy(0, self._tokens, packed).unflatten(0, self.shape)
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False,
-    dropout_p: float = 0.0, scale: float | None = None,
+    dropout_p: float = 0.0, scale: float | None = None, window: tuple[int, int] | None = None,
+    relative_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`kernels.attention` with heads after tokens: ``[B, L, H, D]`` each, as is the result."""
     out = attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p, is_causal, scale
-    )
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p, is_causal, scale,
+        window=window, relative_bias=relative_bias,
+    )  # fmt: skip
     return out.transpose(1, 2)

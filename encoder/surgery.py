@@ -28,42 +28,54 @@ _STACKS: dict[type, type] = {TransformerDecoder: nn.TransformerDecoder, Transfor
 
 @dataclass
 class FuseReport:
-    """What `fuse` did, by module path within the model."""
+    """What runs fused after `fuse`, by module path within the model; `str` of it is for reading."""
 
     fused: dict[str, str] = field(default_factory=dict)
-    """Path to the name of the class that now runs there."""
+    """Path to the name of the class that runs there now."""
     left: dict[str, str] = field(default_factory=dict)
     """Path to the reason why a layer stays as it was ("" is the path of the model itself)."""
 
+    def __str__(self) -> str:
+        fused, left = (len(paths) or "nothing" for paths in (self.fused, self.left))
+        lines = [f"fused: {fused}", *_grouped(self.fused), f"left as it was: {left}", *_grouped(self.left)]
+        return "\n".join(lines)
 
-def fuse(model: nn.Module) -> FuseReport:
+
+def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
     """Run the layers inside `model` on the fused kernels, in place.
 
-    Knows `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer`, an `nn.MultiheadAttention` that is no part of one,
-    and the layers of Hugging Face's BERT, RoBERTa, XLM-RoBERTa, CamemBERT
-    and ELECTRA. Parameters, state_dict and `save_pretrained` are untouched. On the CPU the encoders of these
-    Hugging Face models also leave padding out: tokens are packed once, run through all layers and are unpacked
-    once, so hidden states at padded positions come back as 0 (unfused they hold values nobody should use).
+    Knows `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer`, an `nn.MultiheadAttention` that is no part of one
+    and, of Hugging Face, BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ALBERT, MPNet, ModernBERT, ViT,
+    CLIP, T5's encoder, BART and Marian, wherever they are in the model: under a head, in a sentence-transformers
+    model, under peft's adapters (docs/huggingface.md). Parameters,
+    state_dict and `save_pretrained` are untouched. On the CPU the encoders of the Hugging Face models also leave
+    padding out: tokens are packed once, run through all layers and are unpacked once, so hidden states at padded
+    positions come back as 0 (unfused they hold values nobody should use).
 
     Args:
         model: any module; it is searched through.
+        strict: raise, and change nothing, if anything would be left.
 
     Returns:
-        What was fused, and what was left and why. A model without a known layer is unchanged.
+        What is fused, and what was left and why. A model without a known layer is unchanged.
 
     Raises:
         TypeError: `model` is no nn.Module.
+        ValueError: with `strict`, a layer that cannot run fused, or no layer at all; the message says which and why.
 
     Example:
         >>> import torch, fusenc
         >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(32, 4, batch_first=True), 2)
-        >>> sorted(fusenc.fuse(model).fused)
-        ['layers.0', 'layers.1']
+        >>> print(fusenc.fuse(model))
+        fused: 2
+          TransformerEncoderLayer: layers.0, layers.1
+        left as it was: nothing
         >>> fusenc.unfuse(model)
     """
     _require_module(model)
-    of_transformers, problem = _of_transformers()
-    replacements = {**_OF_TORCH, **of_transformers}
+    huggingface, problem = _huggingface()
+    replacements = {**_OF_TORCH, **(huggingface.REPLACEMENTS if huggingface else {})}
+    already = {fused: fused for fused in replacements.values()}
     parts = {  # a layer computes these itself, fused or not
         part
         for layer in model.modules()
@@ -73,18 +85,30 @@ def fuse(model: nn.Module) -> FuseReport:
     report = FuseReport()
     if problem and any(type(module).__module__.startswith("transformers.") for module in model.modules()):
         report.left[""] = problem
+    changes = []
     for path, module in model.named_modules():
         if module in parts:
             continue
-        replacement = replacements.get(type(module))
-        reason = _why_left(module, tuple(replacements)) if replacement is None else replacement.why_not_fused(module)
+        fused = replacements.get(type(module)) or already.get(type(module))
+        if fused is not None:
+            reason = fused.why_not_fused(module)
+        elif isinstance(module, tuple(replacements)):
+            reason = f"{type(module).__name__} is a subclass with a forward of its own"
+        else:
+            reason = huggingface.why_unknown(module) if huggingface else ""
         if reason:
             report.left[path] = reason
-        elif replacement is not None:
-            module.__class__ = replacement
-            report.fused[path] = replacement.__name__
+        elif fused is not None:
+            report.fused[path] = fused.__qualname__
+            changes.append((module, fused))
+    if huggingface:
+        report.left.update(huggingface.unknown_models(model, [*report.fused, *report.left]))
     if not report.fused and not report.left:
         report.left[""] = f"{type(model).__name__} holds no layer of a supported family"
+    if strict and report.left:
+        raise ValueError("\n".join(["model: expected that all layers can run fused, got", *_grouped(report.left)]))
+    for module, fused in changes:
+        module.__class__ = fused
     return report
 
 
@@ -97,31 +121,35 @@ def unfuse(model: nn.Module) -> None:
         TypeError: `model` is no nn.Module.
     """
     _require_module(model)
-    replaced = {fused: plain for plain, fused in (*_OF_TORCH.items(), *_of_transformers()[0].items())} | _STACKS
+    huggingface, _ = _huggingface()
+    of_transformers = huggingface.REPLACEMENTS if huggingface else {}
+    replaced = {fused: plain for plain, fused in (*_OF_TORCH.items(), *of_transformers.items())} | _STACKS
     for module in model.modules():
         plain = replaced.get(type(module))
         if plain is not None:
             module.__class__ = plain
 
 
-def _of_transformers() -> tuple[dict[type, type], str]:
-    """Replacements of the layers of Hugging Face's models, and why there are none although transformers is loaded."""
+def _huggingface() -> tuple[Any, str]:
+    """What is known of Hugging Face's models, and why nothing is although transformers is loaded."""
     if "transformers" not in sys.modules:  # then no model can hold one of its layers
-        return {}, ""
+        return None, ""
     try:
-        from .huggingface import REPLACEMENTS
+        from . import huggingface
     except (ImportError, AttributeError) as error:
-        return {}, f"this version of transformers is not supported: {error}"
-    return REPLACEMENTS, ""
+        return None, f"this version of transformers is not supported: {error}"
+    return huggingface, ""
 
 
-def _why_left(module: nn.Module, known: tuple[type, ...]) -> str:
-    if isinstance(module, tuple(_OF_TORCH.values())):
-        return "already fused"
-    if isinstance(module, known):
-        fused = any(type(module).__mro__[1] is kind for kind in known) and type(module).__module__.startswith("fusenc.")
-        return "already fused" if fused else f"{type(module).__name__} is a subclass with a forward of its own"
-    return ""
+def _grouped(texts: dict[str, str]) -> list[str]:
+    """A line for each text, with the paths it is said of."""
+    paths: dict[str, list[str]] = {}
+    for path, text in texts.items():
+        paths.setdefault(text, []).append(path or "the model")
+    return [
+        f"  {text}: {', '.join(named[:3])}{f' and {len(named) - 3} more' * (len(named) > 3)}"
+        for text, named in paths.items()
+    ]
 
 
 def _require_module(model: object) -> None:

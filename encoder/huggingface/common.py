@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import output_capturing
+
+from .. import kernels
+from ..kernels.attention.eager import MAX_HEAD_DIM
+from ..modules import has_hooks, why_not_plain
+from ..packing import PaddedPacking, attend
 
 ACTIVATIONS = {
     type(ACT2FN[theirs]): ours
     for theirs, ours in (
         ("gelu", "gelu"), ("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu", "relu"),
+        ("quick_gelu", "quick_gelu"), ("silu", "silu"), ("swish", "silu"), ("relu2", "relu2"),
     )
 }  # fmt: skip
 """The kernels' name of an activation module of transformers."""
+
+IMPLEMENTATIONS = frozenset({"eager", "sdpa", "fusenc"})
+"""Implementations of attention that the fused forwards stand in for; others may compute something else."""
 
 CAPTURE = output_capturing.__name__
 """transformers leaves hooks of this module that sleep until a call asks for hidden states or attentions."""
@@ -26,8 +39,302 @@ def collected() -> Any:
 
 
 def fused_class(mixin: type, plain: type, **attributes: Any) -> type:
-    """A subclass of `plain` whose forward is that of `mixin`, found by pickle in the mixin's module."""
+    """A subclass of `plain` whose forward is that of `mixin`, found by pickle in the mixin's module.
+
+    It keeps the plain name, which goes into configurations that are saved and by which others know layers.
+    """
     name = f"Fused{plain.__name__}"
-    fused = type(name, (mixin, plain), {"__module__": mixin.__module__, "__doc__": mixin.__doc__, **attributes})
+    names = {"__module__": mixin.__module__, "__qualname__": name, "__doc__": mixin.__doc__}
+    fused = type(plain.__name__, (mixin, plain), {**names, **attributes})
     setattr(sys.modules[mixin.__module__], name, fused)
+    if issubclass(plain, PreTrainedModel):  # what calls may ask for is registered when a model is built
+        dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(fused), plain._can_record_outputs)
     return fused
+
+
+def why_not_attention(attention: Any, projections: Iterable[str], name: str, head_dim: int) -> str:
+    """Why an attention module's part of a fused forward cannot run, or ""; `name` is how the report calls it."""
+    config = getattr(attention, "config", None)  # MPNet's has none: its attention has one implementation
+    if config is not None and config._attn_implementation not in IMPLEMENTATIONS:
+        return f"attention implementation {config._attn_implementation} is not fused"
+    if head_dim > MAX_HEAD_DIM:
+        return f"the head size is above {MAX_HEAD_DIM}"
+    return why_not_linear((f"{name}.{part}", attention._modules[part]) for part in projections)
+
+
+def why_not_linear(modules: Iterable[tuple[str, nn.Module]]) -> str:
+    """Why these modules, which a fused forward calls, are no linear layers of single tokens, or "".
+
+    That is `nn.Linear`, or peft's plain LoRA around one: what they give for a token depends on that token alone.
+    """
+    for name, module in modules:
+        kind = type(module)
+        if kind is nn.Linear:
+            hooked = has_hooks(module)
+        elif is_lora(module):
+            hooked = any(has_hooks(part) for part in module.modules())
+        else:
+            return f"{name} is a {kind.__module__}.{kind.__qualname__}, not an nn.Linear"
+        if hooked:
+            return f"{name} has hooks or a forward of its own"
+    return ""
+
+
+def is_lora(module: Any) -> bool:
+    """True for peft's LoRA around a linear layer, without one of the variants that replace its formula."""
+    kind = type(module)
+    return kind.__module__ == "peft.tuners.lora.layer" and kind.__qualname__ == "Linear" and not module.lora_variant
+
+
+def why_not_activation(activation: Any) -> str:
+    """Why a feed-forward's activation cannot run fused, or ""."""
+    return "" if type(activation) in ACTIVATIONS else f"activation {activation} is not fused"
+
+
+def serves(x: Tensor, attention_mask: Any, norm_weight: Tensor) -> bool:
+    """True if the fused forwards do what a call on these hidden states and this mask asks for."""
+    if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4):
+        return False  # flash and flex attention have masks of their own
+    if not collected().keys().isdisjoint(("attentions", "cross_attentions")):
+        return False
+    return norm_weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)  # under it norms are float32
+
+
+def causal_without_mask(attention: Any, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether the stock attention would be causal: without a mask that is, and by its own word or that of the call."""
+    if attention_mask is not None or attention.config._attn_implementation == "eager":
+        return False
+    given = kwargs.get("is_causal")
+    return bool(attention.is_causal if given is None else given)
+
+
+def attention(
+    x: Tensor, projections: Sequence[Any], heads: tuple[int, int], *, source: Tensor | None = None,
+    packing: PaddedPacking | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
+    """Attention of the tokens `x` to those of `source` (None: to themselves), heads side by side, not yet projected.
+
+    Args:
+        x: ``[B, L, width]``, or packed ``[T, width]``.
+        projections: the linear layers of query, key and value.
+        heads: number and size.
+        options: of `attend`, or with `packing` of `Packing.attend`.
+    """
+    source = x if source is None else source
+    query, key, value = (
+        projection(t).unflatten(-1, heads) for projection, t in zip(projections, (x, source, source), strict=True)
+    )
+    return (attend if packing is None else packing.attend)(query, key, value, **options).flatten(-2)
+
+
+def norm(x: Tensor, module: Any) -> Tensor:
+    """A LayerNorm."""
+    return kernels.add_norm(x, None, module.weight, module.bias, eps=module.eps)
+
+
+class PreNormLayer(nn.Module):
+    """A pre-norm layer of one attention and one ``fc1``, ``fc2`` block; mixed into a subclass of the family's own."""
+
+    names: ClassVar[dict[str, str]]
+    """The family's names: of the layer's modules ``attention``, ``norm1`` and ``norm2``, of the attention's
+    projection ``out``, and of its numbers ``nhead``, ``scale`` and ``dropout``."""
+    stock: ClassVar[dict[str, type]]
+    """The family's own classes of the parts that the fused forward stands in for."""
+
+    @classmethod
+    def why_not_fused(cls, layer: Any) -> str:
+        """Why a layer cannot run fused, or ""."""
+        names, parts = cls.names, layer._modules
+        attention, mlp = parts[names["attention"]], parts["mlp"]
+        return (
+            why_not_plain([(names["attention"], attention, cls.stock["attention"]), ("mlp", mlp, cls.stock["mlp"])],
+                          except_of=CAPTURE)
+            or why_not_attention(attention, ("q_proj", "k_proj", "v_proj", names["out"]), names["attention"],
+                                 attention.head_dim)
+            or why_not_activation(mlp.activation_fn)
+            or why_not_plain([
+                *((names[name], parts[names[name]], nn.LayerNorm) for name in ("norm1", "norm2")),
+                *((f"mlp.{name}", mlp._modules[name], nn.Linear) for name in ("fc1", "fc2")),
+                *((name, parts[name], nn.Dropout) for name in ("dropout",) if name in parts),
+            ])
+        )  # fmt: skip
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *,
+        packing: PaddedPacking | None = None, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        """As the family's own layer; with `packing`, on packed tokens ``[T, width]`` without a mask."""
+        names, parts = self.names, self._modules
+        norm1, norm2 = (parts[names[name]] for name in ("norm1", "norm2"))
+        if packing is None and (
+            not serves(hidden_states, attention_mask, norm1.weight) or self.why_not_fused(self)  # type: ignore[union-attr,arg-type]
+        ):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        module: Any = parts[names["attention"]]
+        mlp: Any = parts["mlp"]
+        dropout: Any = parts.get("dropout")
+        dropout_p = dropout.p if dropout is not None and dropout.training else 0.0
+        attended = attention(
+            norm(hidden_states, norm1), (module.q_proj, module.k_proj, module.v_proj),
+            (getattr(module, names["nhead"]), module.head_dim), packing=packing,
+            attn_mask=attention_mask, is_causal=causal_without_mask(module, attention_mask, kwargs),
+            dropout_p=getattr(module, names["dropout"]) if module.training else 0.0,
+            scale=getattr(module, names["scale"]),
+        )  # fmt: skip
+        out = module._modules[names["out"]](attended)
+        normed, x = kernels.add_norm(
+            out, hidden_states, norm2.weight, norm2.bias, eps=norm2.eps, dropout_p=dropout_p, return_sum=True
+        )  # type: ignore[union-attr]
+        return kernels.ffn(
+            normed, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+            activation=ACTIVATIONS[type(mlp.activation_fn)], out_dropout_p=dropout_p, residual=x,
+        )  # fmt: skip
+
+
+def may_pack(t: Tensor) -> bool:
+    """Whether padding can be left out of a call on a tensor like this one.
+
+    On a GPU the number of tokens would have to be waited for; a compiled or traced graph would keep this batch's.
+    """
+    return t.is_cpu and not torch.compiler.is_compiling() and not torch._C._get_tracing_state()
+
+
+def all_fused(layers: Iterable[Any], kind: type) -> bool:
+    """True if each of the layers runs fused: a hook would find packed tokens, an unfused layer could not read them."""
+    return all(
+        isinstance(layer, kind) and not has_hooks(layer, CAPTURE) and not layer.why_not_fused(layer)  # type: ignore[attr-defined]
+        for layer in layers
+    )
+
+
+def why_a_layer_is_not_fused(layers: Iterable[Any], kind: type) -> str:
+    """Why one of an encoder's layers, fused or not yet, cannot run fused, or ""."""
+    for layer in layers:
+        if not issubclass(kind, type(layer)) and not isinstance(layer, kind):
+            return f"{type(layer).__name__} is not a layer that is fused"
+        if reason := kind.why_not_fused(layer):  # type: ignore[attr-defined]
+            return str(reason)
+    return ""
+
+
+class PaddingFree(nn.Module):
+    """An encoder that is given ids and a mask ``[B, L]`` and leaves padding out on the CPU; mixed into a subclass of
+    the family's own. Its fused layers take a `packing`, which the stock forward hands on to them: the first one packs.
+    """
+
+    layer_list: ClassVar[str]
+    """Name of the list of layers."""
+    fused_layer: ClassVar[type]
+    by_distance: ClassVar[bool]
+    """Whether layers go by the distance of two tokens: then no padding may lie between real tokens."""
+
+    @classmethod
+    def why_not_fused(cls, encoder: Any) -> str:
+        """Why an encoder cannot run fused, or "": it needs each of its layers fused."""
+        return why_a_layer_is_not_fused(cls.layers_of(encoder), cls.fused_layer)
+
+    @classmethod
+    def layers_of(cls, encoder: Any) -> Iterable[Any]:
+        """The layers of an encoder."""
+        return encoder._modules[cls.layer_list]
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the family's own encoder; hidden states at padded positions may come back as 0."""
+        inputs = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        plan = None
+        if inputs is not None and not self._asks_for_more(args, kwargs):
+            plan = self._plan(inputs, attention_mask)
+        if plan is None or not self._all_fused():
+            return super().forward(input_ids, attention_mask, *args, **kwargs)
+        attention_mask, options = plan
+        out = super().forward(input_ids, attention_mask, **options, **kwargs)
+        packing = options.get("packing")
+        if packing is None:
+            return out
+        if isinstance(out, tuple):
+            return (_unpacked(out[0], packing), *out[1:])
+        out.last_hidden_state = _unpacked(out.last_hidden_state, packing)
+        return out
+
+    def _all_fused(self) -> bool:
+        """True if all layers run fused, and nobody looks at what goes from one to the next."""
+        return all_fused(self.layers_of(self), self.fused_layer)
+
+    def _plan(self, inputs: Tensor, attention_mask: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The mask and further arguments of the stock forward if all layers run fused; None to call it as it is."""
+        keep = self._padding(inputs, attention_mask)
+        return None if keep is None else (None, {"packing": PaddedPacking(keep)})
+
+    def _padding(self, inputs: Tensor, attention_mask: Any) -> Tensor | None:
+        """Which tokens are real, bool ``[B, L]``, if this call can and should leave the others out, else None."""
+        if not isinstance(attention_mask, Tensor) or not may_pack(inputs):
+            return None
+        keep = self._real_tokens(inputs, attention_mask)
+        if keep is None or keep.all():
+            return None
+        if self.by_distance:
+            begins = keep[:, 0] + (keep[:, 1:] & ~keep[:, :-1]).sum(1)
+            if (begins > 1).any():
+                return None
+        return keep
+
+    def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> Tensor | None:
+        """Which tokens a mask calls real, bool ``[B, L]``; None if it says anything else."""
+        return attention_mask.bool() if attention_mask.shape == inputs.shape[:2] else None
+
+    def _asks_for_more(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """True if the call asks for hidden states or attentions, or for something unknown."""
+        config: Any = self.config
+        return bool(args) or any(
+            kwargs.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")
+        )
+
+
+class PaddingFreeStates(PaddingFree):
+    """A `PaddingFree` encoder that is given hidden states ``[B, L, width]`` and the mask of its attention,
+    ``[B, 1, L, L]``."""
+
+    layer_list = "layer"
+    by_distance = False
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the family's own encoder; hidden states at padded positions may come back as 0."""
+        return super().forward(hidden_states, attention_mask, *args, **kwargs)
+
+    def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> Tensor | None:
+        batch, length = inputs.shape[:2]
+        if attention_mask.shape != (batch, 1, length, length):
+            return None
+        mask = attention_mask[:, 0]
+        of_first_query = mask[:, 0]
+        if mask.dtype == torch.bool:
+            keep = of_first_query
+        else:  # as eager attention adds it to the scores
+            keep = of_first_query == 0
+            if not (of_first_query == torch.where(keep, 0.0, torch.finfo(mask.dtype).min)).all():
+                return None
+        if mask.stride(1) != 0 and not (mask == of_first_query[:, None]).all():
+            return None  # more than a padding mask
+        return keep
+
+    def _asks_for_more(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return asks_for_more(args, kwargs) or bool(collected()) or bool(kwargs.get("output_hidden_states"))
+
+
+def asks_for_more(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True if further arguments of an encoder or a layer change what it computes."""
+    return (
+        any(a is not None for a in args)
+        or any(kwargs.get(name) for name in _FLAGS)
+        or any(kwargs.get(name) is not None for name in _TENSORS)
+    )
+
+
+_FLAGS = ("output_attentions", "is_causal")
+_TENSORS = (
+    "past_key_values", "encoder_hidden_states", "encoder_attention_mask", "position_bias", "cache",
+)  # fmt: skip
+
+
+def _unpacked(x: Tensor, packing: PaddedPacking) -> Tensor:
+    return packing.unpack(x) if x.dim() == 2 else x  # a model whose layers were all dropped never packed

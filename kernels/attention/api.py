@@ -457,6 +457,7 @@ def assemble(
         alibi_slopes = _checked_slopes(alibi_slopes, query, batch)
     if relative_bias is not None:
         _check_relative_bias(relative_bias, query)
+        relative_bias = relative_bias.contiguous()  # kernels step along it by one
     blocks: tuple[Tensor | None, ...] = _NO_BLOCKS
     if block_mask is not None:
         blocks = _checked_blocks(block_mask, query, (batch, nhead, len_q, len_k))

@@ -287,6 +287,16 @@ def test_relative_bias_and_its_gradient(device, entries, heads):
     check_dense(device, case, dense_inputs(device), relative=relative, least=LEAST_GRADIENT * 90)
 
 
+def test_relative_bias_of_any_strides(device):
+    """`t5_relative_bias` gives a transposed one."""
+    q, k, v = dense_inputs(device)
+    by_distance = randn(9, q.shape[1], device=device, seed=4).t()
+    with torch.no_grad():
+        got = attention(q, k, v, relative_bias=by_distance, enable_gqa=True)
+        expected = attention(q, k, v, relative_bias=by_distance.contiguous(), enable_gqa=True)
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.interpreter
 def test_lengths_of_padded_sequences(device):
     case = Case(lengths=([70, 0, 33], [12, 90, 50]))

@@ -1,0 +1,161 @@
+"""ModernBERT: rotary positions, layers that see all and layers that see a window, gated feed-forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.modernbert import modeling_modernbert as modernbert
+
+from .. import kernels
+from ..modules import why_not_plain
+from ..packing import PaddedPacking
+from .common import (
+    ACTIVATIONS,
+    CAPTURE,
+    PaddingFree,
+    fused_class,
+    norm,
+    serves,
+    why_not_activation,
+    why_not_attention,
+)
+
+
+class _Packing(PaddedPacking):
+    """Where the real tokens are, and what layers of one kind share: rotary tables, and the band of a window."""
+
+    def __init__(self, keep: Tensor) -> None:
+        super().__init__(keep)
+        self._tables: dict[str, tuple[Tensor, Tensor]] = {}
+        self._bands: dict[int, Tensor] = {}
+
+    def tables(self, kind: str, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The rows of cosine and sine tables that the packed tokens take, ``[T, D / 2]``."""
+        if kind not in self._tables:
+            halves = (t[..., : t.shape[-1] // 2].expand(self.shape[0], -1, -1) for t in position_embeddings)
+            cos, sin = (self.pack(t) for t in halves)
+            self._tables[kind] = cos, sin
+        return self._tables[kind]
+
+    def band(self, reach: int) -> Tensor | None:
+        """Which keys are no farther than `reach` tokens from a query, bool ``[L, L]``; None if all are."""
+        if self.longest <= reach + 1:
+            return None
+        if reach not in self._bands:
+            every = torch.ones(self.longest, self.longest, dtype=torch.bool)
+            self._bands[reach] = every.tril(reach).triu(-reach)
+        return self._bands[reach]
+
+
+class _FusedLayer(nn.Module):
+    """A ModernBERT layer on the fused kernels; mixed into a subclass of it."""
+
+    @classmethod
+    def why_not_fused(cls, layer: Any) -> str:
+        """Why a layer cannot run fused, or ""."""
+        parts = layer._modules
+        attn, mlp, attn_norm = parts["attn"], parts["mlp"], parts["attn_norm"]
+        return (
+            why_not_plain(
+                [("attn", attn, modernbert.ModernBertAttention), ("mlp", mlp, modernbert.ModernBertMLP)],
+                except_of=CAPTURE,
+            )
+            or why_not_attention(attn, ("Wqkv", "Wo"), "attn", attn.head_dim)
+            or why_not_activation(mlp.act)
+            or why_not_plain(
+                [
+                    # The first layer has no norm of its own, and without dropout there is no module for it.
+                    ("attn_norm", attn_norm, _identity_or(nn.LayerNorm, attn_norm)),
+                    ("attn.out_drop", attn.out_drop, _identity_or(nn.Dropout, attn.out_drop)),
+                    ("mlp_norm", parts["mlp_norm"], nn.LayerNorm),
+                    ("mlp.Wi", mlp._modules["Wi"], nn.Linear),
+                    ("mlp.drop", mlp._modules["drop"], nn.Dropout),
+                    ("mlp.Wo", mlp._modules["Wo"], nn.Linear),
+                ]
+            )
+        )
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None, *,
+        packing: _Packing | None = None, windowed: bool = False, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        """As ModernBERT's own layer.
+
+        With `packing` the result is packed, ``[T, width]``, and there is no mask. `windowed` says that the mask knows
+        of padding alone, so that a local layer adds its window.
+        """
+        x = hidden_states
+        parts: Any = self._modules
+        attn, mlp, attn_norm, mlp_norm = parts["attn"], parts["mlp"], parts["attn_norm"], parts["mlp_norm"]
+        if packing is None and not windowed and (
+            position_embeddings is None or not serves(x, attention_mask, mlp_norm.weight) or self.why_not_fused(self)
+        ):  # fmt: skip
+            return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
+        assert position_embeddings is not None
+        if packing is not None and x.dim() == 3:
+            x = packing.pack(x)
+        normed = x if type(attn_norm) is nn.Identity else norm(x, attn_norm)
+        query, key, value = attn.Wqkv(normed).unflatten(-1, (3, -1, attn.head_dim)).unbind(-3)
+        dropout_p = attn.attention_dropout if attn.training else 0.0
+        reach = None if attn.sliding_window is None else attn.sliding_window - 1
+        if packing is not None:
+            query, key = kernels.rotary(query, key, *packing.tables(self.attention_type, position_embeddings))
+            band = None if reach is None else packing.band(reach)
+            attended = packing.attend(query, key, value, attn_mask=band, dropout_p=dropout_p)
+        else:
+            query, key = kernels.rotary(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+            window = (reach, reach) if windowed and reach is not None else None
+            attended = kernels.attention(
+                query, key, value.transpose(1, 2), attention_mask, dropout_p, window=window
+            ).transpose(1, 2)
+        out_drop = attn.out_drop
+        normed, x = kernels.add_norm(
+            attn.Wo(attended.flatten(-2)), x, mlp_norm.weight, mlp_norm.bias, eps=mlp_norm.eps,
+            dropout_p=out_drop.p if out_drop.training and type(out_drop) is nn.Dropout else 0.0, return_sum=True,
+        )  # fmt: skip
+        return kernels.ffn(
+            normed, mlp.Wi.weight, mlp.Wi.bias, mlp.Wo.weight, mlp.Wo.bias, activation=ACTIVATIONS[type(mlp.act)],
+            gated=True, dropout_p=mlp.drop.p if mlp.drop.training else 0.0, residual=x,
+        )  # fmt: skip
+
+
+def _identity_or(kind: type[nn.Module], module: nn.Module) -> type[nn.Module]:
+    return nn.Identity if type(module) is nn.Identity else kind
+
+
+_LAYER = fused_class(_FusedLayer, modernbert.ModernBertEncoderLayer)
+
+
+class _FusedModel(PaddingFree):
+    """ModernBERT; mixed into a subclass of it."""
+
+    layer_list = "layers"
+    fused_layer = _LAYER
+    by_distance = True
+
+    def _plan(self, inputs: Tensor, attention_mask: Any) -> tuple[Any, dict[str, Any]] | None:
+        if attention_mask is not None and not (
+            isinstance(attention_mask, Tensor) and attention_mask.shape == inputs.shape[:2]
+        ):
+            return None
+        keep = self._padding(inputs, attention_mask)
+        if keep is not None:
+            return _for_all(None), {"packing": _Packing(keep)}
+        if inputs.is_cpu:  # there torch's attention is faster with a mask than ours with a window
+            return None
+        return _for_all(None if attention_mask is None else attention_mask.bool()[:, None, None]), {"windowed": True}
+
+
+def _for_all(mask: Tensor | None) -> dict[str, Tensor | None]:
+    """The same mask for layers of either kind."""
+    return {"full_attention": mask, "sliding_attention": mask}
+
+
+REPLACEMENTS: dict[type, type] = {
+    modernbert.ModernBertEncoderLayer: _LAYER,
+    modernbert.ModernBertModel: fused_class(_FusedModel, modernbert.ModernBertModel),
+}
+"""Each class that `fuse` knows here, and the class that takes its place."""

@@ -1,0 +1,174 @@
+"""The encoders of T5 and mT5."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..kernels.common.backend import would_use_triton
+from ..modules import why_not_plain
+from ..packing import PaddedPacking
+from .common import (
+    ACTIVATIONS,
+    CAPTURE,
+    PaddingFree,
+    attention,
+    fused_class,
+    serves,
+    why_not_activation,
+    why_not_attention,
+)
+
+FAMILIES = {"t5": "T5", "mt5": "MT5"}
+"""Module names of transformers and the prefix of their classes. Their layers are the same but for the name."""
+
+_PARTS = ("LayerSelfAttention", "Attention", "LayerNorm", "LayerFF", "DenseActDense", "DenseGatedActDense")
+
+
+class _FusedBlock(nn.Module):
+    """A block of T5's encoder on the fused kernels; mixed into a subclass of the family's own block."""
+
+    stock: ClassVar[dict[str, type]]
+    """The family's own classes of the parts that the fused forward stands in for, by the end of their names."""
+
+    @classmethod
+    def why_not_fused(cls, block: Any) -> str:
+        """Why a block cannot run fused, or ""."""
+        if block.is_decoder:
+            return "a decoder block"
+        stock = cls.stock
+        outer, feed_forward = block._modules["layer"]
+        attention, dense = outer._modules["SelfAttention"], feed_forward._modules["DenseReluDense"]
+        gated = type(dense) is stock["DenseGatedActDense"]
+        reason = why_not_plain(
+            [
+                ("layer.0", outer, stock["LayerSelfAttention"]),
+                ("layer.0.SelfAttention", attention, stock["Attention"]),
+                ("layer.1", feed_forward, stock["LayerFF"]),
+                ("layer.1.DenseReluDense", dense, stock["DenseGatedActDense" if gated else "DenseActDense"]),
+            ],
+            except_of=CAPTURE,
+        )
+        if reason:
+            return reason
+        linears = ("wi_0", "wi_1", "wo") if gated else ("wi", "wo")
+        reason = (
+            why_not_attention(attention, ("q", "k", "v", "o"), "layer.0.SelfAttention", attention.key_value_proj_dim)
+            or why_not_activation(dense.act)
+            or why_not_plain(
+                [
+                    ("layer.0.layer_norm", outer._modules["layer_norm"], stock["LayerNorm"]),
+                    ("layer.0.dropout", outer._modules["dropout"], nn.Dropout),
+                    ("layer.1.layer_norm", feed_forward._modules["layer_norm"], stock["LayerNorm"]),
+                    ("layer.1.dropout", feed_forward._modules["dropout"], nn.Dropout),
+                    *((f"layer.1.DenseReluDense.{name}", dense._modules[name], nn.Linear) for name in linears),
+                    ("layer.1.DenseReluDense.dropout", dense._modules["dropout"], nn.Dropout),
+                ]
+            )
+        )
+        if reason:
+            return reason
+        dtype = dense.wo.weight.dtype
+        if dtype == torch.float16:
+            return "float16 hidden states are clamped between the parts"
+        if any(dense._modules[name].weight.dtype != dtype for name in linears) or attention.o.weight.dtype != dtype:
+            return "the weights are of several dtypes"
+        return ""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None,
+        *args: Any, packing: PaddedPacking | None = None, together: bool = False, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, None]:  # fmt: skip
+        """As the family's own block.
+
+        With `packing` the result is packed, ``[T, width]``, and there is no mask. `together` says that all blocks of
+        the encoder run fused: then the position bias may be one by distance, ``[H, 2 R + 1]``.
+        """
+        x = hidden_states
+        outer, feed_forward = self._modules["layer"]  # type: ignore[misc]
+        norm1, norm2 = outer._modules["layer_norm"], feed_forward._modules["layer_norm"]
+        module, dense = outer._modules["SelfAttention"], feed_forward._modules["DenseReluDense"]
+        if not together and (
+            not serves(x, attention_mask, norm1.weight)
+            or (position_bias is None and not module.has_relative_attention_bias)
+            or self.why_not_fused(self)
+        ):
+            return super().forward(hidden_states, attention_mask, position_bias, *args, **kwargs)
+        if packing is not None and x.dim() == 3:
+            x = packing.pack(x)
+        if position_bias is None:
+            position_bias = _position_bias(module, x, packing, together)
+        attended = attention(
+            kernels.add_norm(x, None, norm1.weight, norm="rms", eps=norm1.variance_epsilon),
+            (module.q, module.k, module.v), (module.n_heads, module.key_value_proj_dim), packing=packing,
+            dropout_p=module.dropout if module.training else 0.0, scale=module.scaling,
+            **_bias_and_mask(position_bias, attention_mask),
+        )  # fmt: skip
+        normed, x = kernels.add_norm(
+            module.o(attended), x, norm2.weight, norm="rms", eps=norm2.variance_epsilon,
+            dropout_p=outer.dropout.p, training=outer.dropout.training, return_sum=True,
+        )  # fmt: skip
+        gated = "wi_0" in dense._modules
+        up = torch.cat((dense.wi_0.weight, dense.wi_1.weight)) if gated else dense.wi.weight
+        out = kernels.ffn(
+            normed, up, None, dense.wo.weight, None, activation=ACTIVATIONS[type(dense.act)], gated=gated,
+            dropout_p=dense.dropout.p if dense.dropout.training else 0.0,
+            out_dropout_p=feed_forward.dropout.p if feed_forward.dropout.training else 0.0, residual=x,
+        )  # fmt: skip
+        return out, position_bias, None
+
+
+def _position_bias(module: Any, x: Tensor, packing: PaddedPacking | None, together: bool) -> Tensor:
+    """The bias that all blocks share: by distance where kernels read that, else ``[1, H, L, L]``, as torch's do."""
+    if together and packing is None and would_use_triton(x):
+        table, reach = module.relative_attention_bias.weight, module.relative_attention_max_distance
+        return kernels.t5_relative_bias(table, max_distance=reach)
+    length = x.shape[1] if packing is None else packing.longest
+    bias: Tensor = module.compute_bias(length, length, device=x.device)
+    return bias
+
+
+def _bias_and_mask(bias: Tensor, mask: Tensor | None) -> dict[str, Tensor | None]:
+    """The two as arguments of attention."""
+    if bias.dim() == 2:
+        return {"relative_bias": bias, "attn_mask": mask}
+    if mask is None:
+        return {"attn_mask": bias}
+    return {
+        "attn_mask": torch.where(mask, bias, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
+    }
+
+
+class _FusedStack(PaddingFree):
+    """T5's encoder; mixed into a subclass of the family's own stack."""
+
+    layer_list = "block"
+    by_distance = True
+
+    @classmethod
+    def why_not_fused(cls, encoder: Any) -> str:
+        """Why a stack cannot run fused, or ""."""
+        return "a decoder" if encoder.is_decoder else super().why_not_fused(encoder)
+
+    def _plan(self, inputs: Tensor, attention_mask: Any) -> tuple[Any, dict[str, Any]] | None:
+        mask, options = super()._plan(inputs, attention_mask) or (attention_mask, {})
+        return mask, {**options, "together": True}
+
+
+def _families() -> dict[type, type]:
+    replacements: dict[type, type] = {}
+    for module_name, prefix in FAMILIES.items():
+        module = importlib.import_module(f"transformers.models.{module_name}.modeling_{module_name}")
+        stock = {part: getattr(module, prefix + part) for part in _PARTS}
+        plain_block, plain_stack = getattr(module, prefix + "Block"), getattr(module, prefix + "Stack")
+        replacements[plain_block] = fused_class(_FusedBlock, plain_block, stock=stock)
+        replacements[plain_stack] = fused_class(_FusedStack, plain_stack, fused_layer=replacements[plain_block])
+    return replacements
+
+
+REPLACEMENTS = _families()
+"""Each class that `fuse` knows here, and the class that takes its place."""

