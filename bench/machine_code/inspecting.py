@@ -7,7 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -119,19 +119,26 @@ def _reader_version() -> str:
 
 
 def inspect_shipped(
-    kernels: Sequence[str], archs: Sequence[str], advance: Callable[[int, int], None] | None = None
-) -> list[Figures]:
+    kernels: Sequence[str], archs: Sequence[str], advance: Callable[[int, int], None] | None = None,
+    first_case: Collection[str] = (),
+) -> list[Figures]:  # fmt: skip
     """Figures of the library's own kernels, in the order of the cases, chip by chip.
 
     Args:
         kernels: names; all if empty.
         archs: names of chips.
         advance: called with how many are done and how many there are.
+        first_case: those of the chips for which only the first case of each kernel is looked at.
 
     Raises:
         ValueError: an unknown kernel or arch.
     """
-    work = [(unit, chip) for chip in chips.chosen(archs) for unit in shipped.chosen(list(kernels), chip.arch)]
+    work = []
+    for chip in chips.chosen(archs):
+        units = shipped.chosen(list(kernels), chip.arch)
+        if chip.arch in first_case:
+            units = list({unit.kernel: unit for unit in reversed(units)}.values())[::-1]
+        work += [(unit, chip) for unit in units]
     missing = [i for i, (unit, chip) in enumerate(work) if not _cache_file(unit, chip).exists()]
     position = {id(unit): i for chip in chips.chosen(archs) for i, unit in enumerate(shipped.units(chip.arch))}
     done: dict[int, Figures] = {}

@@ -82,10 +82,7 @@ def test_no_shipped_kernel_is_worse_than_its_budget(arch):
 def test_first_case_of_each_kernel_on_the_other_chips(arch):
     if budget.made_with() != triton.__version__:
         pytest.skip(f"the budget holds for Triton {budget.made_with()}")
-    from fusenc.bench.machine_code.inspecting import figures_of
-
-    first = {unit.kernel: unit for unit in reversed(shipped.units(arch))}
-    assert budget.complaints([figures_of(unit, chips.chips()[arch]) for unit in first.values()]) == []
+    assert budget.complaints(inspect_shipped([], [arch], first_case=[arch])) == []
 
 
 def test_the_budget_has_no_rows_of_kernels_that_are_gone():
