@@ -137,7 +137,10 @@ def inspect_shipped(
     for chip in chips.chosen(archs):
         units = shipped.chosen(list(kernels), chip.arch)
         if chip.arch in first_case:
-            units = list({unit.kernel: unit for unit in reversed(units)}.values())[::-1]
+            first: dict[str, Unit] = {}
+            for unit in units:
+                first.setdefault(unit.kernel, unit)
+            units = list(first.values())
         work += [(unit, chip) for unit in units]
     missing = [i for i, (unit, chip) in enumerate(work) if not _cache_file(unit, chip).exists()]
     position = {id(unit): i for chip in chips.chosen(archs) for i, unit in enumerate(shipped.units(chip.arch))}
