@@ -23,13 +23,11 @@ def has_hooks(module: nn.Module, except_of: str = "") -> bool:
 
     Forward hooks that the Python module `except_of` defines do not count.
     """
-    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    state = module.__dict__
+    if state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"] or "forward" in state:
         return True
-    if "forward" in module.__dict__:
-        return True
-    return bool(module._forward_hooks) and any(
-        getattr(hook, "__module__", None) != except_of for hook in module._forward_hooks.values()
-    )
+    hooks = state["_forward_hooks"]
+    return bool(hooks) and any(getattr(hook, "__module__", None) != except_of for hook in hooks.values())
 
 
 def why_not_plain(modules: Iterable[tuple[str, nn.Module, type[nn.Module]]], except_of: str = "") -> str:

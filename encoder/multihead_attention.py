@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .kernels.attention.eager import MAX_HEAD_DIM
-from .packing import Packing
+from .packing import PackedTokens, in_the_kind_of
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -159,31 +159,24 @@ class MultiheadAttention(nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average: bool
     ) -> tuple[Tensor, Tensor | None]:
         """On the tokens of all sequences, one after the other; weights are padded with 0, as torch's."""
-        lengths, q_tokens = _unnested(query)
-        key_lengths, k_tokens = (lengths, q_tokens) if key is query else _unnested(key)
-        value_lengths, v_tokens = (key_lengths, k_tokens) if value is key else _unnested(value)
-        if len(lengths) != len(key_lengths) or key_lengths != value_lengths:
+        of_q = PackedTokens.from_nested(query)
+        of_k = of_q if key is query else PackedTokens.from_nested(key)
+        of_v = of_k if value is key else PackedTokens.from_nested(value)
+        if len(of_q) != len(of_k) or (of_v is not of_k and not torch.equal(of_k.cu_seqlens, of_v.cu_seqlens)):
             raise AssertionError(
-                f"key's sequence lengths {key_lengths} do not match value's {value_lengths}, "
-                f"or their number does not match query's {len(lengths)}"
+                f"key's sequence lengths {of_k.lengths.tolist()} do not match value's {of_v.lengths.tolist()}, "
+                f"or their number does not match query's {len(of_q)}"
             )
-        of_q, of_k = (Packing(n, q_tokens.device) for n in (lengths, key_lengths))
-        q, k, v = (t[0].transpose(0, 1) for t in self._projections(q_tokens, k_tokens, v_tokens))
-        out: Any = kernels.attention_varlen(
-            q, k, v, of_q.cu_seqlens, of_k.cu_seqlens, of_q.longest, of_k.longest,
-            dropout_p=self.dropout if self.training else 0.0,
-        )  # fmt: skip
+        q, k, v = (t[0].transpose(0, 1) for t in self._projections(of_q.data, of_k.data, of_v.data))
+        starts = (of_q.cu_seqlens, of_k.cu_seqlens, of_q.max_length, of_k.max_length)
+        out: Any = kernels.attention_varlen(q, k, v, *starts, dropout_p=self.dropout if self.training else 0.0)
         weights = None
         if need_weights:
-            weights = kernels.attention_weights(
-                q, k, average=average, cu_seqlens_q=of_q.cu_seqlens, cu_seqlens_k=of_k.cu_seqlens,
-                max_seqlen_q=of_q.longest, max_seqlen_k=of_k.longest,
-            ).to(query.dtype)  # fmt: skip
+            names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+            weights = kernels.attention_weights(q, k, average=average, **dict(zip(names, starts, strict=True)))  # type: ignore[arg-type]
+            weights = weights.to(query.dtype)
         out = F.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)
-        if query.layout == torch.jagged:
-            jagged: Any = query
-            return torch.nested.nested_tensor_from_jagged(out, jagged.offsets()), weights
-        return torch.nested.as_nested_tensor(list(out.split(lengths))), weights
+        return in_the_kind_of(query, of_q.with_data(out)), weights
 
 
 def why_no_attention(attn: nn.MultiheadAttention) -> str:
@@ -297,11 +290,3 @@ def join_heads(x: Tensor, like: Tensor, batch_first: bool) -> Tensor:
     """``[B, H, L, D]`` to the shape of `like`: ``[B, L, E]``, ``[L, B, E]`` or ``[L, E]``."""
     swapped = x.transpose(1, 2) if batch_first or like.dim() == 2 else x.permute(2, 0, 1, 3)
     return swapped.reshape(like.shape)
-
-
-def _unnested(nested: Tensor) -> tuple[list[int], Tensor]:
-    """The lengths of the sequences of a nested tensor, and all their tokens ``[T, E]``."""
-    sequences = nested.unbind()
-    if nested.layout == torch.jagged:
-        return [len(s) for s in sequences], nested.values()
-    return [len(s) for s in sequences], torch.cat(sequences)

@@ -15,9 +15,11 @@ from torch import nn
 from .multihead_attention import MultiheadAttention
 from .transformer import Transformer, TransformerDecoder
 from .transformer_decoder_layer import TransformerDecoderLayer
+from .transformer_encoder import TransformerEncoder
 from .transformer_encoder_layer import TransformerEncoderLayer
 
 _OF_TORCH: dict[type, Any] = {
+    nn.TransformerEncoder: TransformerEncoder,
     nn.TransformerEncoderLayer: TransformerEncoderLayer,
     nn.TransformerDecoderLayer: TransformerDecoderLayer,
     nn.MultiheadAttention: MultiheadAttention,
@@ -44,13 +46,13 @@ class FuseReport:
 def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
     """Run the layers inside `model` on the fused kernels, in place.
 
-    Knows `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer`, an `nn.MultiheadAttention` that is no part of one
-    and, of Hugging Face, BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ALBERT, MPNet, ModernBERT, ViT,
-    CLIP, T5's encoder, BART and Marian, wherever they are in the model: under a head, in a sentence-transformers
-    model, under peft's adapters (docs/huggingface.md). Parameters,
-    state_dict and `save_pretrained` are untouched. On the CPU the encoders of the Hugging Face models also leave
-    padding out: tokens are packed once, run through all layers and are unpacked once, so hidden states at padded
-    positions come back as 0 (unfused they hold values nobody should use).
+    Knows `nn.TransformerEncoder`, `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer`, an
+    `nn.MultiheadAttention` that is no part of one and, of Hugging Face, BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA,
+    DistilBERT, ALBERT, MPNet, ModernBERT, ViT, CLIP, T5's encoder, BART and Marian, wherever they are in the model:
+    under a head, in a sentence-transformers model, under peft's adapters (docs/huggingface.md). Parameters, state_dict
+    and `save_pretrained` are untouched. On the CPU encoders also leave padding out: tokens are packed once, run through
+    all layers and are unpacked once, so hidden states at padded positions come back as 0 (unfused they hold values
+    nobody should use).
 
     Args:
         model: any module; it is searched through.
@@ -67,7 +69,8 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
         >>> import torch, fusenc
         >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(32, 4, batch_first=True), 2)
         >>> print(fusenc.fuse(model))
-        fused: 2
+        fused: 3
+          TransformerEncoder: the model
           TransformerEncoderLayer: layers.0, layers.1
         left as it was: nothing
         >>> fusenc.unfuse(model)

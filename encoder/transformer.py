@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .transformer_decoder_layer import TransformerDecoderLayer
+from .transformer_encoder import TransformerEncoder
 from .transformer_encoder_layer import TransformerEncoderLayer
 
 
@@ -64,6 +65,7 @@ class Transformer(nn.Transformer):
         )  # fmt: skip
         # Fused classes differ in their forward alone, so torch's modules, as they were initialised, become them.
         if custom_encoder is None:
+            self.encoder.__class__ = TransformerEncoder
             for layer in self.encoder.layers:
                 layer.__class__ = TransformerEncoderLayer
         if custom_decoder is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,31 +12,32 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import kernels
 from .kernels.attention.eager import MAX_HEAD_DIM
+from .kernels.common import checks
 from .modules import activation_name, why_not_plain
-from .packing import Packing, attend
+from .packing import PackedTokens, PaddedPacking, in_the_kind_of
 
 _PARTS: tuple[tuple[str, type[nn.Module]], ...] = (
     ("self_attn", nn.MultiheadAttention),
     ("linear1", nn.Linear),
-    ("dropout", nn.Dropout),
     ("linear2", nn.Linear),
     ("norm1", nn.LayerNorm),
     ("norm2", nn.LayerNorm),
+    ("dropout", nn.Dropout),
     ("dropout1", nn.Dropout),
     ("dropout2", nn.Dropout),
 )
-
-_WEIGHTED = ("linear1", "linear2", "norm1", "norm2")
+_WEIGHTED = tuple(name for name, _ in _PARTS[:5])
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """`torch.nn.TransformerEncoderLayer` with the same constructor, weights, masks and results on fused kernels.
 
-    It runs in training and in inference, post-norm and pre-norm, and inside `nn.TransformerEncoder`, whose nested
-    tensors it takes too. Differences from torch: a row with every key masked attends to nothing (its attention
-    is 0, where torch gives NaN on some paths); dropout draws another mask from the same generator; an activation
-    other than ReLU or GELU runs unfused. A layer whose parts were replaced, parametrised or hooked runs
-    torch's own forward; `why_not_fused` says so.
+    It runs in training and in inference, post-norm and pre-norm, and inside `nn.TransformerEncoder`. In the place of a
+    padded batch it also takes a `fusenc.packing.PackedTokens` or a nested tensor, strided or jagged, and returns the
+    same kind. Differences from torch: a row with every key masked attends to nothing (its attention is 0, where torch
+    gives NaN on some paths); dropout draws another mask from the same generator; an activation other than ReLU, GELU or
+    SiLU runs unfused. A layer whose parts were replaced, parametrised or hooked runs torch's own forward;
+    `why_not_fused` says so. docs/torch_nn.md says which of torch's own paths is followed where they differ.
 
     Example:
         >>> import torch, fusenc
@@ -64,12 +66,17 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """As `torch.nn.TransformerEncoderLayer.forward`: same arguments, shapes, mask meaning (True is masked)."""
-        if not self._serves(src, src_mask, src_key_padding_mask, is_causal):
+        """As `torch.nn.TransformerEncoderLayer.forward`: same arguments, shapes, mask meaning (True is masked).
+
+        `src` may also be packed or nested; then `src_mask` speaks of positions inside each sequence, ``[S, S]`` or
+        ``[B * nhead, S, S]`` with S at least the longest, `is_causal` needs no mask beside it, and there is no
+        `src_key_padding_mask`.
+        """
+        if isinstance(src, PackedTokens) or src.is_nested:
+            return self._forward_ragged(src, src_mask, src_key_padding_mask, is_causal)
+        if self.why_not_fused() or not self._serves(src, src_mask, src_key_padding_mask, is_causal):
             # Torch's own forward computes what we do not, and raises its own errors for bad input.
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        if src.is_nested:
-            return self._forward_nested(src)
         if src_mask is None and src_key_padding_mask is None:
             mask, causal = None, False
         elif is_causal and src_key_padding_mask is None:
@@ -77,31 +84,18 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         else:
             mask, causal = self._merged_mask(src, src_mask, src_key_padding_mask), False
         if src.dim() == 2:
-            return self._layer(src.unsqueeze(0), True, mask, causal, None).squeeze(0)
-        return self._layer(src, self.self_attn.batch_first, mask, causal, None)
+            return self._layer(src.unsqueeze(0), True, mask, causal).squeeze(0)
+        return self._layer(src, self._modules["self_attn"].batch_first, mask, causal)  # type: ignore[union-attr]
 
     def _serves(
         self, src: Tensor, src_mask: Tensor | None, src_key_padding_mask: Tensor | None, is_causal: bool
     ) -> bool:
-        """True if this call can run fused: plain modules, and inputs that torch would take."""
-        if self.why_not_fused():
-            return False
-        attn: Any = self._modules["self_attn"]
-        weight = attn._parameters["in_proj_weight"]
-        if src.is_nested:
-            return (
-                src.layout == torch.strided and src.dim() == 3 and attn.batch_first
-                and src_mask is None and src_key_padding_mask is None
-            )  # fmt: skip
-        if src.dim() not in (2, 3) or src.shape[-1] != attn.embed_dim or not src.is_floating_point():
-            return False
-        weights = [self._modules[name]._parameters["weight"] for name in _WEIGHTED]  # type: ignore[union-attr]
-        if any(w is not None and w.dtype != src.dtype for w in (weight, *weights)) and not torch.is_autocast_enabled(
-            src.device.type
-        ):
+        """True if torch would take these inputs, and the weights are of their dtype."""
+        if src.dim() not in (2, 3) or not self._fits(src):
             return False
         if src_mask is None and src_key_padding_mask is None:
             return not is_causal
+        attn: Any = self._modules["self_attn"]
         batch, length = _batch_and_length(src, attn.batch_first)
         if src_key_padding_mask is not None:
             if src_key_padding_mask.shape != ((batch, length) if src.dim() == 3 else (length,)):
@@ -115,6 +109,18 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
                 return False
         return not (is_causal and src_mask is None)
 
+    def _fits(self, src: Tensor) -> bool:
+        """True if the width is the layer's and the weights are of the dtype of `src`."""
+        parts: Any = self._modules
+        dtype = src.dtype
+        if src.shape[-1] != parts["self_attn"].embed_dim or not dtype.is_floating_point:
+            return False
+        for name in _WEIGHTED:
+            weight = parts[name]._parameters["weight" if name != "self_attn" else "in_proj_weight"]
+            if weight is not None and weight.dtype is not dtype:
+                return torch.is_autocast_enabled(src.device.type)
+        return True
+
     def _merged_mask(self, src: Tensor, src_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor:
         """One mask with the kernels' meaning: bool with True taking part, or floating and added."""
         attn = self.self_attn
@@ -122,8 +128,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.view(batch, 1, 1, length)
         if src_mask is not None:
-            src_mask = src_mask.view(-1 if src_mask.dim() == 2 else batch, 1 if src_mask.dim() == 2 else attn.num_heads,
-                                     length, length)  # fmt: skip
+            src_mask = _as_planes(src_mask, attn.num_heads)
         masks = [m for m in (src_mask, key_padding_mask) if m is not None]
         if all(m.dtype == torch.bool for m in masks):
             return ~(masks[0] | masks[1]) if len(masks) == 2 else ~masks[0]
@@ -134,78 +139,44 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             ]
         return masks[0] + masks[1] if len(masks) == 2 else masks[0]
 
-    def _forward_nested(self, src: Tensor) -> Tensor:
-        """A nested tensor, as `nn.TransformerEncoder` makes of a padded batch in inference; the result is one too."""
-        sequences = src.unbind()
-        out = self._layer(torch.cat(sequences), True, None, False, Packing([len(s) for s in sequences], src.device))
-        return torch._nested_view_from_buffer(
-            out.contiguous().view(-1),
-            src._nested_tensor_size(),
-            *torch._nested_compute_contiguous_strides_offsets(src._nested_tensor_size()),
-        )
+    def _forward_ragged(
+        self, src: PackedTokens | Tensor, src_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool
+    ) -> Any:
+        """On packed tokens and nested tensors; the result is of the kind of `src`."""
+        packed = as_packed(src, key_padding_mask)
+        mask = None if src_mask is None or is_causal else mask_of_packed(src_mask, packed, self.self_attn.num_heads)
+        if packed.data.dim() == 2 and self._fits(packed.data) and not self.why_not_fused():
+            out = self._layer(packed.data, True, mask, is_causal, packed)
+        else:
+            out = through_padded(super().forward, packed, mask, is_causal, self)
+        return in_the_kind_of(src, packed.with_data(out))
 
     def _layer(
-        self, x: Tensor, batch_first: bool, mask: Tensor | None, is_causal: bool, packing: Packing | None
+        self, x: Tensor, batch_first: bool, mask: Tensor | None, is_causal: bool, packed: PackedTokens | None = None
     ) -> Tensor:
         """The layer on ``[B, L, E]``, ``[L, B, E]`` or, packed, ``[T, E]``."""
         parts: Any = self._modules
-        norm1, norm2, dropout1, dropout2 = parts["norm1"], parts["norm2"], parts["dropout1"], parts["dropout2"]
-        activation = activation_name(self.activation)
-        if activation is not None:
-            attn, dropout = parts["self_attn"], parts["dropout"]
-            weights = kernels.LayerWeights(
-                attn.in_proj_weight, attn.in_proj_bias, attn.out_proj.weight, attn.out_proj.bias, norm1.weight,
-                norm1.bias, *_parameters(parts["linear1"]), *_parameters(parts["linear2"]), norm2.weight, norm2.bias,
-            )  # fmt: skip
-            return kernels.encoder_layer(
-                x, weights, attn.num_heads, attn_mask=mask, is_causal=is_causal,
-                cu_seqlens=None if packing is None else packing.cu_seqlens,
-                max_seqlen=0 if packing is None else packing.longest,
-                batch_first=batch_first, norm_first=self.norm_first, activation=activation,
-                eps1=norm1.eps, eps2=norm2.eps,
-                attn_dropout_p=attn.dropout if attn.training else 0.0, dropout1_p=_rate(dropout1),
-                dropout_p=_rate(dropout), dropout2_p=_rate(dropout2),
-            )  # fmt: skip
-        # An activation that the kernels do not have: the parts one by one.
-        if not self.norm_first:
-            attended = self._attention(x, batch_first, mask, is_causal, packing)
-            x = _add_norm(attended, x, norm1, dropout1)
-            return _add_norm(self._feed_forward(x), x, norm2, dropout2)
-        attended = self._attention(_add_norm(x, None, norm1, None), batch_first, mask, is_causal, packing)
-        normed, x = kernels.add_norm(
-            attended, x, norm2.weight, norm2.bias,
-            eps=norm2.eps, dropout_p=dropout1.p, training=dropout1.training, return_sum=True,
+        attn, norm1, norm2 = parts["self_attn"], parts["norm1"], parts["norm2"]
+        dropout, dropout1, dropout2 = parts["dropout"], parts["dropout1"], parts["dropout2"]
+        in_proj, out_proj = attn._parameters, attn._modules["out_proj"]._parameters
+        first, second = norm1._parameters, norm2._parameters
+        up, down = parts["linear1"]._parameters, parts["linear2"]._parameters
+        weights = kernels.LayerWeights(
+            in_proj["in_proj_weight"], in_proj["in_proj_bias"], out_proj["weight"], out_proj["bias"], first["weight"],
+            first["bias"], up["weight"], up["bias"], down["weight"], down["bias"], second["weight"], second["bias"],
         )  # fmt: skip
-        return x + F.dropout(self._feed_forward(normed), dropout2.p, dropout2.training)
-
-    def _attention(
-        self, x: Tensor, batch_first: bool, mask: Tensor | None, is_causal: bool, packing: Packing | None
-    ) -> Tensor:
-        attn: Any = self._modules["self_attn"]
-        dropout_p = attn.dropout if attn.training else 0.0
-        qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
-        query, key, value = qkv.view(*x.shape[:-1], 3, attn.num_heads, attn.head_dim).unbind(-3)
-        if packing is not None:
-            out = packing.attend(query, key, value, dropout_p=dropout_p)
-        elif batch_first:
-            out = attend(query, key, value, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p)
-        else:
-            swapped = (t.transpose(0, 1) for t in (query, key, value))
-            out = attend(*swapped, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p).transpose(0, 1)
-        out_proj = attn._modules["out_proj"]
-        return F.linear(out.reshape(x.shape), out_proj.weight, out_proj.bias)
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        parts: Any = self._modules
-        return parts["linear2"](parts["dropout"](self.activation(parts["linear1"](x))))
-
-
-def _parameters(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    return linear.weight, linear.bias
-
-
-def _rate(dropout: nn.Dropout) -> float:
-    return dropout.p if dropout.training else 0.0
+        activation: Callable[[Tensor], Tensor] = self.activation
+        return kernels.encoder_layer(
+            x, weights, attn.num_heads, attn_mask=mask, is_causal=is_causal,
+            cu_seqlens=None if packed is None else packed.cu_seqlens,
+            max_seqlen=0 if packed is None else packed.max_length,
+            batch_first=batch_first, norm_first=self.norm_first, activation=activation_name(activation) or activation,
+            eps1=norm1.eps, eps2=norm2.eps,
+            attn_dropout_p=attn.dropout if attn.training else 0.0,
+            dropout1_p=dropout1.p if dropout1.training else 0.0,
+            dropout_p=dropout.p if dropout.training else 0.0,
+            dropout2_p=dropout2.p if dropout2.training else 0.0,
+        )  # fmt: skip
 
 
 def _batch_and_length(src: Tensor, batch_first: bool) -> tuple[int, int]:
@@ -214,6 +185,53 @@ def _batch_and_length(src: Tensor, batch_first: bool) -> tuple[int, int]:
     return (src.shape[0], src.shape[1]) if batch_first else (src.shape[1], src.shape[0])
 
 
-def _add_norm(x: Tensor, residual: Tensor | None, norm: nn.LayerNorm, dropout: nn.Dropout | None) -> Tensor:
-    p, training = (0.0, False) if dropout is None else (dropout.p, dropout.training)
-    return kernels.add_norm(x, residual, norm.weight, norm.bias, eps=norm.eps, dropout_p=p, training=training)
+def _as_planes(mask: Tensor, nhead: int) -> Tensor:
+    """``[S, S]`` or ``[B * H, S, S]`` as ``[1 or B, 1 or H, S, S]``."""
+    return mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, nhead))
+
+
+def as_packed(src: PackedTokens | Tensor, key_padding_mask: Tensor | None) -> PackedTokens:
+    """A ragged batch of any kind, beside which there can be no padding."""
+    if key_padding_mask is not None:
+        checks.fail_value("src_key_padding_mask", "None, since a ragged batch has no padding", key_padding_mask)
+    return src if isinstance(src, PackedTokens) else PackedTokens.from_nested(src)
+
+
+def mask_of_packed(mask: Tensor, packed: PackedTokens, nhead: int) -> Tensor:
+    """A layer's mask for packed tokens: ``[1 or B, 1 or H, longest, longest]`` with the kernels' meaning, sequences in
+    the order in which they are packed."""
+    longest = packed.max_length
+    if not (mask.dtype == torch.bool or mask.is_floating_point()):
+        checks.fail_type("src_mask", "a bool or floating tensor", mask)
+    if (
+        mask.dim() not in (2, 3) or mask.shape[-1] < longest or mask.shape[-2] < longest
+        or (mask.dim() == 3 and mask.shape[0] != len(packed) * nhead)
+    ):  # fmt: skip
+        expected = f"[S, S] or [{len(packed) * nhead}, S, S] with S of at least {longest}, the longest sequence"
+        checks.fail_value("src_mask", expected, mask)
+    mask = _as_planes(mask, nhead)[:, :, :longest, :longest]
+    order = None if packed.padding is None else packed.padding.order
+    if order is not None and mask.shape[0] > 1:
+        mask = mask[order]
+    return ~mask if mask.dtype == torch.bool else mask
+
+
+def through_padded(
+    forward: Callable[..., Tensor], packed: PackedTokens, mask: Tensor | None, is_causal: bool, layer: Any
+) -> Tensor:
+    """Packed tokens through a forward of torch's, which knows padded batches only; `mask` as from `mask_of_packed`."""
+    packing = PaddedPacking.behind(packed.cu_seqlens, packed.max_length, packed.data.shape[0])
+    padded, padding = packing.unpack(packed.data), packing.key_padding_mask()
+    padding[:, :1] = False  # an empty sequence would give NaN; what it gives now is thrown away
+    length = packed.max_length
+    if is_causal:
+        mask = torch.ones(length, length, dtype=torch.bool, device=padded.device).tril()
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = ~mask
+        else:
+            padding = torch.zeros_like(padding, dtype=mask.dtype).masked_fill(padding, float("-inf"))
+        mask = mask.expand(len(packed), layer.self_attn.num_heads, length, length).flatten(0, 1)
+    batch_first = layer.self_attn.batch_first
+    out = forward(padded if batch_first else padded.transpose(0, 1), mask, padding)
+    return packing.pack(out if batch_first else out.transpose(0, 1))

@@ -41,10 +41,10 @@ class _Packing(PaddedPacking):
 
     def band(self, reach: int) -> Tensor | None:
         """Which keys are no farther than `reach` tokens from a query, bool ``[L, L]``; None if all are."""
-        if self.longest <= reach + 1:
+        if self.max_length <= reach + 1:
             return None
         if reach not in self._bands:
-            every = torch.ones(self.longest, self.longest, dtype=torch.bool)
+            every = torch.ones(self.max_length, self.max_length, dtype=torch.bool)
             self._bands[reach] = every.tril(reach).triu(-reach)
         return self._bands[reach]
 

@@ -38,7 +38,7 @@ class _FusedLayer(PostNormLayer):
         ):
             return super(PostNormLayer, self).forward(hidden_states, attention_mask, position_bias, *args, **kwargs)
         if packing is not None:
-            bias = {"attn_mask": position_bias[..., : packing.longest, : packing.longest]}
+            bias = {"attn_mask": position_bias[..., : packing.max_length, : packing.max_length]}
         elif relative_bias is not None:
             bias = {"attn_mask": attention_mask, "relative_bias": relative_bias}
         elif position_bias is None or attention_mask is None:

@@ -127,7 +127,7 @@ def _position_bias(module: Any, x: Tensor, packing: PaddedPacking | None, togeth
     if together and packing is None and would_use_triton(x):
         table, reach = module.relative_attention_bias.weight, module.relative_attention_max_distance
         return kernels.t5_relative_bias(table, max_distance=reach)
-    length = x.shape[1] if packing is None else packing.longest
+    length = x.shape[1] if packing is None else packing.max_length
     bias: Tensor = module.compute_bias(length, length, device=x.device)
     return bias
 

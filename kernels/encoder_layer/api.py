@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..attention.api import checked_starts
-from ..common import backend, checks
+from ..common import backend, checks, dropout
 from ..ffn.eager import ACTIVATIONS
-from . import eager, op
+from . import chain, eager, op
 from .arguments import Dropouts, LayerWeights, Masks, Options
 
 
@@ -26,7 +26,7 @@ def encoder_layer(
     max_seqlen: int = 0,
     batch_first: bool = True,
     norm_first: bool = False,
-    activation: str = "gelu",
+    activation: str | Callable[[Tensor], Tensor] = "gelu",
     eps1: float = 1e-5,
     eps2: float = 1e-5,
     attn_dropout_p: float = 0.0,
@@ -39,7 +39,7 @@ def encoder_layer(
     The same as `attention`, `add_norm` and `ffn` one after the other, as `torch.nn.TransformerEncoderLayer` chains
     them. On the kernels it is one call and one autograd function: 7 kernels forward and 12 backward (post-norm, no
     dropout), since gradients of biases and norms are summed on the side and residual gradients are added inside
-    products. On eager PyTorch, under torch.compile and under autocast it is the chain itself.
+    products. Elsewhere it is the same in plain PyTorch; under torch.compile and under autocast the chain itself.
 
     Args:
         src: ``[B, L, E]``, ``[L, B, E]`` (with `batch_first` False), or packed, ``[T, E]``.
@@ -51,7 +51,7 @@ def encoder_layer(
         max_seqlen: tokens of its longest sequence.
         batch_first: the order of the first two dimensions of `src`.
         norm_first: norms before attention and feed-forward (pre-norm) instead of after each sum.
-        activation: as in `ffn`.
+        activation: as in `ffn`, or a function of a tensor, around which the parts run one by one.
         eps1: of the first norm.
         eps2: of the second norm.
         attn_dropout_p: probability with which a softmax weight is dropped.
@@ -79,62 +79,82 @@ def encoder_layer(
         >>> torch.allclose(encoder_layer(x, weights, 4), layer(x), atol=1e-5)
         True
     """
-    compiling = torch.compiler.is_compiling()
-    wrong = (
-        not isinstance(src, Tensor) or src.dim() not in (2, 3) or not isinstance(nhead, int) or nhead < 1
-        or src.shape[-1] % nhead or src.shape[-1] == 0 or (src.dim() == 2) != (cu_seqlens is not None)
-        or not (0.0 <= attn_dropout_p <= 1.0 and 0.0 <= dropout1_p <= 1.0)
-        or not (0.0 <= dropout_p <= 1.0 and 0.0 <= dropout2_p <= 1.0) or activation not in ACTIVATIONS
-        or any(t is not None and t.shape != shape for _, t, shape in _expected(src.shape[-1], weights))
-    )  # fmt: skip
     dropout_ps = (attn_dropout_p, dropout1_p, dropout_p, dropout2_p)
+    try:
+        width, hidden = src.shape[-1], weights.weight1.shape[0]
+        wrong = (
+            src.dim() != (3 if cu_seqlens is None else 2) or width % nhead or width == 0 or nhead < 1
+            or not ((isinstance(activation, str) and activation in ACTIVATIONS) or callable(activation))
+            or _shapes(weights) != _expected(width, hidden, weights)
+        )  # fmt: skip
+        for p in dropout_ps:
+            wrong = wrong or not 0.0 <= p <= 1.0
+    except (AttributeError, TypeError, IndexError, ZeroDivisionError):
+        wrong = True
     if wrong:
         _explain(src, weights, nhead, cu_seqlens, dropout_ps, activation)
     masks = Masks(attn_mask, is_causal, cu_seqlens, max_seqlen)
     options = Options(nhead, batch_first, norm_first, activation, eps1, eps2, Dropouts(*dropout_ps))
-    if compiling or not _in_one(src, weights):
-        return eager.encoder_layer(src, weights, masks, options)
+    if torch.compiler.is_compiling() or not _in_one(src, weights, activation):
+        return chain.encoder_layer(src, weights, masks, options)
     if cu_seqlens is not None:
         cu_seqlens = checked_starts("cu_seqlens", cu_seqlens, src.shape[0], "max_seqlen", max_seqlen, src)
         masks = masks._replace(cu_seqlens=cu_seqlens)
-    seeds = op.new_seeds(src, options)
+    drops = len(dropout_ps) - dropout_ps.count(0.0)
+    # One draw gives the keys that single draws in this order give on a CPU.
+    seeds = dropout.new_seed(src, drops) if drops else None
+    if not backend.use_triton(src):
+        return eager.encoder_layer(src, weights, masks, seeds, options)
+    each = options.dropouts.spread(() if seeds is None else seeds.split(1))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (src, attn_mask, *weights)):
-        return op.EncoderLayer.apply(src, *weights, *masks, seeds, options)
-    return op.forward(src, weights, masks, seeds, options, False)[0]
+        return op.EncoderLayer.apply(src, *weights, *masks, each, options)
+    return op.forward(src, weights, masks, each, options, False)[0]
 
 
-def _in_one(src: Tensor, weights: LayerWeights) -> bool:
-    """Whether one call of the kernels serves; else the chain does, which also says what is wrong with dtypes."""
-    if backend.autocast_enabled(src) or src.numel() == 0 or not backend.use_triton(src):
+def _in_one(src: Tensor, weights: LayerWeights, activation: str | Callable[[Tensor], Tensor]) -> bool:
+    """Whether one call serves; else the chain does, which also says what is wrong with dtypes."""
+    if backend.autocast_enabled(src) or not isinstance(activation, str):
         return False
     dtype, device = src.dtype, src.device
-    return all(t is None or (t.dtype is dtype and t.device == device) for t in weights)
+    if dtype not in checks.DTYPES or (src.numel() == 0 and backend.would_use_triton(src)):
+        return False
+    for t in weights:  # noqa: SIM110 -- a generator costs more than the loop
+        if t is not None and (t.dtype is not dtype or t.device != device):
+            return False
+    return True
 
 
-def _expected(width: int, w: LayerWeights) -> Iterator[tuple[str, Tensor | None, tuple[int, ...]]]:
-    """The name, the value and the shape of each parameter."""
-    hidden = w.weight1.shape[0]
-    shapes: tuple[tuple[int, ...], ...] = (
-        (3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,),
-        (hidden, width), (hidden,), (width, hidden), (width,), (width,), (width,),
-    )  # fmt: skip
-    return zip(LayerWeights._fields, w, shapes, strict=True)
+def _shapes(weights: LayerWeights) -> list[tuple[int, ...] | None]:
+    return [None if t is None else t.shape for t in weights]
+
+
+def _expected(width: int, hidden: int, weights: LayerWeights) -> list[tuple[int, ...] | None]:
+    """The shape of each parameter that there is."""
+    vector = (width,)
+    shapes = [
+        (3 * width, width), (3 * width,), (width, width), vector, vector, vector,
+        (hidden, width), (hidden,), (width, hidden), vector, vector, vector,
+    ]  # fmt: skip
+    return [None if t is None else shape for t, shape in zip(weights, shapes, strict=True)]
 
 
 def _explain(
     src: Any, weights: LayerWeights, nhead: Any, cu_seqlens: Any, dropout_ps: tuple[Any, ...], activation: Any
 ) -> NoReturn:
-    if activation not in ACTIVATIONS:
-        checks.fail_value("activation", f"one of {', '.join(ACTIVATIONS)}", activation)
+    if not ((isinstance(activation, str) and activation in ACTIVATIONS) or callable(activation)):
+        checks.fail_value("activation", f"a function or one of {', '.join(ACTIVATIONS)}", activation)
     for p in dropout_ps:
         checks.dropout_probability(p)
     checks.floating_tensor("src", src)
     if src.dim() != (3 if cu_seqlens is None else 2):
         expected = "[B, L, E] without cu_seqlens" if cu_seqlens is None else "[T, E] beside cu_seqlens"
         checks.fail_value("src", expected, src)
-    if not isinstance(nhead, int) or nhead < 1 or src.shape[-1] == 0 or src.shape[-1] % nhead:
-        checks.fail_value("nhead", f"a number that divides the width, {src.shape[-1]}", nhead)
-    for name, value, shape in _expected(src.shape[-1], weights):
-        if value is not None and tuple(value.shape) != shape:
+    width = src.shape[-1]
+    if not isinstance(nhead, int) or nhead < 1 or width == 0 or width % nhead:
+        checks.fail_value("nhead", f"a number that divides the width, {width}", nhead)
+    for name, value, shape in zip(
+        LayerWeights._fields, weights, _expected(width, weights.weight1.shape[0], weights), strict=True
+    ):
+        if value is not None and shape is not None and tuple(value.shape) != shape:
             checks.fail_value(f"weights.{name}", f"shape {list(shape)}", value)
     checks.fail_type("src", "a floating tensor", src)

@@ -11,24 +11,11 @@ from torch import Tensor
 
 from ..add_norm.arguments import Options as NormOptions
 from ..add_norm.arguments import Wanted
-from ..attention.api import assemble
-from ..attention.arguments import Inputs
-from ..attention.arguments import Options as AttentionOptions
 from ..common import operator
-from .arguments import LayerWeights, Masks, Options
+from .arguments import LayerWeights, Masks, Options, as_heads, as_rows, attention_call, views
 
 _WEIGHTS = len(LayerWeights._fields)
 _Saved = list[Any]
-
-
-def new_seeds(src: Tensor, options: Options) -> list[Tensor | None]:
-    """A dropout key for each place that drops, all from one draw: the same that single draws in this order give on a
-    CPU, so that the same generator gives the same masks on every path there."""
-    drops = [p > 0.0 for p in options.dropouts]
-    if not any(drops):
-        return [None] * len(drops)
-    drawn = iter(torch.randint(2**62, (sum(drops),), dtype=torch.int64, device=src.device).split(1))
-    return [next(drawn) if drop else None for drop in drops]
 
 
 def forward(
@@ -48,10 +35,10 @@ def forward(
             x, None, w.norm1_weight, w.norm1_bias, None, None, norm1, False, save
         )
     qkv = F.linear(normed, w.in_proj_weight, w.in_proj_bias)
-    inputs, attention_options = _attention_call(qkv, src.shape, masks, seeds[0], options)
+    inputs, attention_options = attention_call(qkv, src.shape, masks, seeds[0], options)
     attended, _, statistics = attention_forward(inputs, attention_options, False)
     # The projection's bias is added where its sum is read: in the norm's kernel, whose backward pass sums its gradient.
-    projected = torch.mm(_as_rows(attended, options, x), w.out_proj_weight.t())
+    projected = torch.mm(as_rows(attended, options, x), w.out_proj_weight.t())
     if not options.norm_first:
         between, sum1, mean1, rstd1 = add_norm_forward(
             projected, x, w.norm1_weight, w.norm1_bias, w.out_proj_bias, seeds[1], norm1, save, save
@@ -131,14 +118,14 @@ def backward(
     assert dprojected is not None and dsum1 is not None
 
     dsrc = dmask = None
-    flat = _as_rows(attended, options, first)
+    flat = as_rows(attended, options, first)
     if needs_weights.out_proj_weight:
         grads["out_proj_weight"] = torch.mm(dprojected.t(), flat)
     below_norm1 = options.norm_first and (needs_weights.norm1_weight or needs_weights.norm1_bias)
     needs_normed = needs_src or below_norm1
     if needs_normed or needs_mask or needs_weights.in_proj_weight or needs_weights.in_proj_bias:
-        inputs, attention_options = _attention_call(qkv, dout.shape, masks, seeds[0], options)
-        dattended = _as_heads(torch.mm(dprojected, w.out_proj_weight), attended, options)
+        inputs, attention_options = attention_call(qkv, dout.shape, masks, seeds[0], options)
+        dattended = as_heads(torch.mm(dprojected, w.out_proj_weight), attended, options)
         dqkv = torch.empty_like(qkv)
         partial = None
         if needs_weights.in_proj_bias:
@@ -149,7 +136,7 @@ def backward(
                 sums.add(part, dtype, out)
         dmask = attention_backward(
             dattended, None, attended, statistics, inputs, attention_options, (True, True, needs_mask, False), sums,
-            partial, _views(dqkv, dout.shape, options),
+            partial, views(dqkv, dout.shape, options),
         )[3]  # fmt: skip
         if needs_weights.in_proj_weight:
             grads["in_proj_weight"] = torch.mm(dqkv.t(), first)
@@ -166,48 +153,6 @@ def _norms(options: Options) -> tuple[NormOptions, NormOptions]:
     p = options.dropouts
     first, second = (0.0, p.projection) if options.norm_first else (p.projection, p.output)
     return NormOptions(first, options.eps1), NormOptions(second, options.eps2)
-
-
-def _views(qkv: Tensor, shape: Sequence[int], options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value ``[B, H, L, D]`` in their rows ``[T, 3 E]``; of a packed batch ``[1, H, T, D]``."""
-    split = qkv.view(*shape[:-1], 3, options.nhead, -1)
-    if len(shape) == 2:
-        split = split[None]
-    elif not options.batch_first:
-        split = split.transpose(0, 1)
-    query, key, value = split.transpose(1, 3).unbind(2)
-    return query, key, value
-
-
-def _attention_call(
-    qkv: Tensor, shape: Sequence[int], masks: Masks, seed: Tensor | None, options: Options
-) -> tuple[Inputs, AttentionOptions]:
-    query, key, value = _views(qkv, shape, options)
-    starts, packed = masks.cu_seqlens, masks.cu_seqlens is not None
-    batch, length = query.shape[0], query.shape[2]
-    if starts is not None:
-        batch, length = starts.shape[0] - 1, masks.max_seqlen
-    inputs, call = assemble(
-        query, key, value, starts, starts, batch, length, length, packed, masks.attn_mask, 0.0, masks.is_causal,
-        None, None, None, None, None, "top_left", None,
-    )  # fmt: skip
-    return inputs._replace(seed=seed), call._replace(dropout_p=options.dropouts.attention)
-
-
-def _as_rows(attended: Tensor, options: Options, rows: Tensor | None) -> Tensor:
-    """``[B, H, L, D]`` to ``[T, E]`` in the order of the source's rows; a view."""
-    assert rows is not None
-    swapped = attended.transpose(1, 2) if options.batch_first else attended.permute(2, 0, 1, 3)
-    return swapped.reshape(rows.shape)
-
-
-def _as_heads(rows: Tensor, attended: Tensor | None, options: Options) -> Tensor:
-    """The other way round."""
-    assert attended is not None
-    batch, nhead, length, head_dim = attended.shape
-    if options.batch_first:
-        return rows.view(batch, length, nhead, head_dim).transpose(1, 2)
-    return rows.view(length, batch, nhead, head_dim).permute(1, 2, 0, 3)
 
 
 class EncoderLayer(torch.autograd.Function):

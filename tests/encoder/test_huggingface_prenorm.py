@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import fusenc
 import pytest
 import torch
 from contract import assert_same, output_and_gradients
-from tolerances import LOSS_CURVE, SAME_ALGORITHM
-from torch import nn
+from tolerances import SAME_ALGORITHM
 
 TEXT = {"vocab_size": 100, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 BERT_SIZES = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -60,7 +56,7 @@ def small_model(family, implementation="sdpa", **options):
 
     kind, name, own, _ = FAMILIES[family]
     torch.manual_seed(0)
-    off = {name: 0.0 for name in DROPOUT[family.split()[0]]}
+    off = dict.fromkeys(DROPOUT[family.split()[0]], 0.0)
     config = transformers.AutoConfig.for_model(kind, **{**own, **off, **options})
     config._attn_implementation = implementation
     model = getattr(transformers, name)(config)
