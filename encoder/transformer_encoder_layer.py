@@ -85,7 +85,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             mask, causal = self._merged_mask(src, src_mask, src_key_padding_mask), False
         if src.dim() == 2:
             return self._layer(src.unsqueeze(0), True, mask, causal).squeeze(0)
-        return self._layer(src, self._modules["self_attn"].batch_first, mask, causal)  # type: ignore[union-attr]
+        attn: Any = self._modules["self_attn"]
+        return self._layer(src, attn.batch_first, mask, causal)
 
     def _serves(
         self, src: Tensor, src_mask: Tensor | None, src_key_padding_mask: Tensor | None, is_causal: bool

@@ -69,6 +69,12 @@ class Options(NamedTuple):
     eps2: float
     dropouts: Dropouts
 
+    @property
+    def kernel_activation(self) -> str:
+        """The activation, of a call that the kernels serve."""
+        assert isinstance(self.activation, str)
+        return self.activation
+
 
 def views(qkv: Tensor, shape: Sequence[int], options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value ``[B, H, L, D]`` in their rows ``[T, 3 E]``; of a packed batch ``[1, H, T, D]``."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention  # torch's own, whatever `sdpa_replacement` does
 
 from ..add_norm import eager as add_norm
 from ..add_norm.arguments import Options as NormOptions
@@ -20,8 +21,7 @@ from .arguments import LayerWeights, Masks, Options, as_rows, attention_call, vi
 
 def encoder_layer(src: Tensor, w: LayerWeights, masks: Masks, seeds: Tensor | None, options: Options) -> Tensor:
     """The output; differentiable. `seeds`: a key for each place that drops."""
-    p, activation = options.dropouts, options.activation
-    assert isinstance(activation, str)
+    p, activation = options.dropouts, options.kernel_activation
     drawn1, drawn2, drawn3, drawn4 = _drawn(src, w, masks, seeds, options)
     if options.norm_first:
         attended = _self_attention(_norm(src, w.norm1_weight, w.norm1_bias, options.eps1), w, masks, drawn1, options)
@@ -71,7 +71,7 @@ def _self_attention(x: Tensor, w: LayerWeights, masks: Masks, drawn: Tensor | No
         return F.linear(out, w.out_proj_weight, w.out_proj_bias)
     if plain and drawn is None:
         query, key, value = views(qkv, x.shape, options)
-        out = attention.scaled_dot_product_attention(query, key, value, is_causal=masks.is_causal)
+        out = scaled_dot_product_attention(query, key, value, is_causal=masks.is_causal)
     elif plain and drawn is not None and drawn.dtype is x.dtype and not masks.is_causal:
         out = _attention_with_factors(qkv, drawn, x.shape, options)
     else:
@@ -87,7 +87,7 @@ def _attention_of_packed(qkv: Tensor, cu_seqlens: Tensor, is_causal: bool, nhead
     parts = []
     for (length, count), part in zip(groups, qkv.split([length * count for length, count in groups]), strict=True):
         query, key, value = part.view(count, length, 3, nhead, width // nhead).permute(2, 0, 3, 1, 4).unbind()
-        out = attention.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+        out = scaled_dot_product_attention(query, key, value, is_causal=is_causal)
         parts.append(out.transpose(1, 2).reshape(-1, width))
     return torch.cat(parts) if parts else qkv[:, :width]
 

@@ -44,7 +44,7 @@ def forward(
             projected, x, w.norm1_weight, w.norm1_bias, w.out_proj_bias, seeds[1], norm1, save, save
         )
         activated, hidden = linear_act_forward(
-            between, w.weight1, w.bias1, seeds[2], p.hidden, options.activation, False, None, save
+            between, w.weight1, w.bias1, seeds[2], p.hidden, options.kernel_activation, False, None, save
         )
         out2 = torch.mm(activated, w.weight2.t())
         out, sum2, mean2, rstd2 = add_norm_forward(
@@ -56,7 +56,7 @@ def forward(
             projected, x, w.norm2_weight, w.norm2_bias, w.out_proj_bias, seeds[1], norm2, True, save
         )
         activated, hidden = linear_act_forward(
-            between, w.weight1, w.bias1, seeds[2], p.hidden, options.activation, False, None, save
+            between, w.weight1, w.bias1, seeds[2], p.hidden, options.kernel_activation, False, None, save
         )
         out = output_forward(activated, w.weight2, w.bias2, sum2, seeds[3], p.output, None)
         saved = [normed, qkv, attended, statistics, x, mean1, rstd1, between, hidden, activated, sum2, mean2, rstd2]
@@ -102,7 +102,7 @@ def backward(
         needed = (True, needs_weights.weight1, needs_weights.bias1, needs_weights.weight2, needs_bias2)
         dx, grads["weight1"], grads["bias1"], grads["weight2"], dbias2 = ffn_backward(
             dy, between, w.weight1, w.bias1, w.weight2, hidden, activated, seeds[2], out_seed, p.hidden, p.output,
-            options.activation, False, None, needed, sums, accumulate,
+            options.kernel_activation, False, None, needed, sums, accumulate,
         )  # fmt: skip
         if needs_bias2:
             grads["bias2"] = dbias2
