@@ -12,15 +12,16 @@ from .. import kernels
 from ..modules import why_not_plain
 from ..packing import PaddedPacking
 from .common import (
-    ACTIVATIONS,
     CAPTURE,
     PaddingFree,
     attention,
     causal_without_mask,
+    feed_forward,
     fused_class,
     serves,
     why_not_activation,
     why_not_attention,
+    why_not_linear,
 )
 
 FAMILIES = {"bart": "Bart", "marian": "Marian"}
@@ -45,13 +46,9 @@ class _FusedLayer(nn.Module):
         norms = (*(f"{name}_layer_norm" for name in cls.attentions), "final_layer_norm")
         return (
             reason
+            or why_not_linear((name, parts[name]) for name in ("fc1", "fc2"))
             or why_not_activation(layer.activation_fn)
-            or why_not_plain(
-                [
-                    *((name, parts[name], nn.LayerNorm) for name in norms),
-                    *((name, parts[name], nn.Linear) for name in ("fc1", "fc2")),
-                ]
-            )
+            or why_not_plain((name, parts[name], nn.LayerNorm) for name in norms)
         )
 
     def _attend(
@@ -68,11 +65,8 @@ class _FusedLayer(nn.Module):
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         parts: Any = self._modules
-        fc1, fc2 = parts["fc1"], parts["fc2"]
-        out = kernels.ffn(
-            x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=ACTIVATIONS[type(self.activation_fn)],
-            dropout_p=self.activation_dropout, training=self.training,
-        )  # fmt: skip
+        dropout_p = self.activation_dropout if self.training else 0.0
+        out = feed_forward(x, parts["fc1"], self.activation_fn, parts["fc2"], dropout_p=dropout_p)
         return self._add_norm(out, x, parts["final_layer_norm"])
 
     def _add_norm(self, x: Tensor, residual: Tensor, norm: Any) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
@@ -14,7 +15,7 @@ from transformers.utils import output_capturing
 
 from .. import kernels
 from ..kernels.attention.eager import MAX_HEAD_DIM
-from ..modules import has_hooks, why_not_plain
+from ..modules import has_hooks
 from ..packing import PaddedPacking, attend
 
 ACTIVATIONS = {
@@ -95,7 +96,10 @@ def serves(x: Tensor, attention_mask: Any, norm_weight: Tensor) -> bool:
     """True if the fused forwards do what a call on these hidden states and this mask asks for."""
     if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4):
         return False  # flash and flex attention have masks of their own
-    if not collected().keys().isdisjoint(("attentions", "cross_attentions")):
+    if torch._C._get_tracing_state():
+        return False  # a traced graph is made of torch's own operators
+    recorded = collected()
+    if "attentions" in recorded or "cross_attentions" in recorded:
         return False
     return norm_weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)  # under it norms are float32
 
@@ -127,76 +131,39 @@ def attention(
     return (attend if packing is None else packing.attend)(query, key, value, **options).flatten(-2)
 
 
-def norm(x: Tensor, module: Any) -> Tensor:
-    """A LayerNorm."""
-    return kernels.add_norm(x, None, module.weight, module.bias, eps=module.eps)
+def feed_forward(
+    x: Tensor, up: Any, activation: Any, down: Any, *, gated: bool = False, dropout_p: float = 0.0,
+    out_dropout_p: float = 0.0, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`kernels.ffn` with modules: linear layers, of which adapters are called, and an activation.
 
-
-class PreNormLayer(nn.Module):
-    """A pre-norm layer of one attention and one ``fc1``, ``fc2`` block; mixed into a subclass of the family's own."""
-
-    names: ClassVar[dict[str, str]]
-    """The family's names: of the layer's modules ``attention``, ``norm1`` and ``norm2``, of the attention's
-    projection ``out``, and of its numbers ``nhead``, ``scale`` and ``dropout``."""
-    stock: ClassVar[dict[str, type]]
-    """The family's own classes of the parts that the fused forward stands in for."""
-
-    @classmethod
-    def why_not_fused(cls, layer: Any) -> str:
-        """Why a layer cannot run fused, or ""."""
-        names, parts = cls.names, layer._modules
-        attention, mlp = parts[names["attention"]], parts["mlp"]
-        return (
-            why_not_plain([(names["attention"], attention, cls.stock["attention"]), ("mlp", mlp, cls.stock["mlp"])],
-                          except_of=CAPTURE)
-            or why_not_attention(attention, ("q_proj", "k_proj", "v_proj", names["out"]), names["attention"],
-                                 attention.head_dim)
-            or why_not_activation(mlp.activation_fn)
-            or why_not_plain([
-                *((names[name], parts[names[name]], nn.LayerNorm) for name in ("norm1", "norm2")),
-                *((f"mlp.{name}", mlp._modules[name], nn.Linear) for name in ("fc1", "fc2")),
-                *((name, parts[name], nn.Dropout) for name in ("dropout",) if name in parts),
-            ])
-        )  # fmt: skip
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *,
-        packing: PaddedPacking | None = None, **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
-        """As the family's own layer; with `packing`, on packed tokens ``[T, width]`` without a mask."""
-        names, parts = self.names, self._modules
-        norm1, norm2 = (parts[names[name]] for name in ("norm1", "norm2"))
-        if packing is None and (
-            not serves(hidden_states, attention_mask, norm1.weight) or self.why_not_fused(self)  # type: ignore[union-attr,arg-type]
-        ):
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        module: Any = parts[names["attention"]]
-        mlp: Any = parts["mlp"]
-        dropout: Any = parts.get("dropout")
-        dropout_p = dropout.p if dropout is not None and dropout.training else 0.0
-        attended = attention(
-            norm(hidden_states, norm1), (module.q_proj, module.k_proj, module.v_proj),
-            (getattr(module, names["nhead"]), module.head_dim), packing=packing,
-            attn_mask=attention_mask, is_causal=causal_without_mask(module, attention_mask, kwargs),
-            dropout_p=getattr(module, names["dropout"]) if module.training else 0.0,
-            scale=getattr(module, names["scale"]),
-        )  # fmt: skip
-        out = module._modules[names["out"]](attended)
-        normed, x = kernels.add_norm(
-            out, hidden_states, norm2.weight, norm2.bias, eps=norm2.eps, dropout_p=dropout_p, return_sum=True
-        )  # type: ignore[union-attr]
+    Args:
+        up: a linear layer, or two, of a gate and of what it gates.
+        gated: whether one linear layer `up` gives both.
+    """
+    ups = up if isinstance(up, tuple) else (up,)
+    biases = [linear.bias for linear in ups if linear.bias is not None]
+    if all(type(linear) is nn.Linear for linear in (*ups, down)) and len(biases) in (0, len(ups)):
+        weight, bias = (ups[0].weight, ups[0].bias)
+        if len(ups) == 2:
+            weight, bias = torch.cat([linear.weight for linear in ups]), torch.cat(biases) if biases else None
         return kernels.ffn(
-            normed, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
-            activation=ACTIVATIONS[type(mlp.activation_fn)], out_dropout_p=dropout_p, residual=x,
+            x, weight, bias, down.weight, down.bias, activation=ACTIVATIONS[type(activation)],
+            gated=gated or len(ups) == 2, dropout_p=dropout_p, out_dropout_p=out_dropout_p, residual=residual,
         )  # fmt: skip
+    hidden = [linear(x) for linear in ups]
+    gate, *rest = hidden[0].chunk(2, -1) if gated else hidden
+    hidden = activation(gate) * rest[0] if rest else activation(gate)
+    out = F.dropout(down(F.dropout(hidden, dropout_p)), out_dropout_p)
+    return out if residual is None else residual + out
 
 
 def may_pack(t: Tensor) -> bool:
     """Whether padding can be left out of a call on a tensor like this one.
 
-    On a GPU the number of tokens would have to be waited for; a compiled or traced graph would keep this batch's.
+    On a GPU the number of tokens would have to be waited for; a compiled graph would keep this batch's.
     """
-    return t.is_cpu and not torch.compiler.is_compiling() and not torch._C._get_tracing_state()
+    return t.is_cpu and not torch.compiler.is_compiling()
 
 
 def all_fused(layers: Iterable[Any], kind: type) -> bool:
@@ -242,7 +209,7 @@ class PaddingFree(nn.Module):
         """As the family's own encoder; hidden states at padded positions may come back as 0."""
         inputs = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         plan = None
-        if inputs is not None and not self._asks_for_more(args, kwargs):
+        if inputs is not None and not self._asks_for_more(args, kwargs) and not torch._C._get_tracing_state():
             plan = self._plan(inputs, attention_mask)
         if plan is None or not self._all_fused():
             return super().forward(input_ids, attention_mask, *args, **kwargs)

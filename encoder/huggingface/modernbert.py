@@ -12,15 +12,16 @@ from .. import kernels
 from ..modules import why_not_plain
 from ..packing import PaddedPacking
 from .common import (
-    ACTIVATIONS,
     CAPTURE,
     PaddingFree,
+    feed_forward,
     fused_class,
-    norm,
     serves,
     why_not_activation,
     why_not_attention,
+    why_not_linear,
 )
+from .pre_norm import norm
 
 
 class _Packing(PaddedPacking):
@@ -63,6 +64,7 @@ class _FusedLayer(nn.Module):
                 except_of=CAPTURE,
             )
             or why_not_attention(attn, ("Wqkv", "Wo"), "attn", attn.head_dim)
+            or why_not_linear((f"mlp.{name}", mlp._modules[name]) for name in ("Wi", "Wo"))
             or why_not_activation(mlp.act)
             or why_not_plain(
                 [
@@ -70,9 +72,7 @@ class _FusedLayer(nn.Module):
                     ("attn_norm", attn_norm, _identity_or(nn.LayerNorm, attn_norm)),
                     ("attn.out_drop", attn.out_drop, _identity_or(nn.Dropout, attn.out_drop)),
                     ("mlp_norm", parts["mlp_norm"], nn.LayerNorm),
-                    ("mlp.Wi", mlp._modules["Wi"], nn.Linear),
                     ("mlp.drop", mlp._modules["drop"], nn.Dropout),
-                    ("mlp.Wo", mlp._modules["Wo"], nn.Linear),
                 ]
             )
         )
@@ -116,10 +116,8 @@ class _FusedLayer(nn.Module):
             attn.Wo(attended.flatten(-2)), x, mlp_norm.weight, mlp_norm.bias, eps=mlp_norm.eps,
             dropout_p=out_drop.p if out_drop.training and type(out_drop) is nn.Dropout else 0.0, return_sum=True,
         )  # fmt: skip
-        return kernels.ffn(
-            normed, mlp.Wi.weight, mlp.Wi.bias, mlp.Wo.weight, mlp.Wo.bias, activation=ACTIVATIONS[type(mlp.act)],
-            gated=True, dropout_p=mlp.drop.p if mlp.drop.training else 0.0, residual=x,
-        )  # fmt: skip
+        dropout_p = mlp.drop.p if mlp.drop.training else 0.0
+        return feed_forward(normed, mlp.Wi, mlp.act, mlp.Wo, gated=True, dropout_p=dropout_p, residual=x)
 
 
 def _identity_or(kind: type[nn.Module], module: nn.Module) -> type[nn.Module]:

@@ -10,11 +10,11 @@ from .. import kernels
 from ..modules import why_not_plain
 from ..packing import PaddedPacking
 from .common import (
-    ACTIVATIONS,
     CAPTURE,
     asks_for_more,
     attention,
     causal_without_mask,
+    feed_forward,
     serves,
     why_not_activation,
     why_not_attention,
@@ -103,14 +103,7 @@ class PostNormLayer(nn.Module):
             dropout_p=_rate(self, names.attention_dropout), **options,
         )  # fmt: skip
         x = self._add_norm(_at(self, names.out)(attended), x, names.norm1, names.dropout1)
-        up, down = _at(self, names.up), _at(self, names.down)
-        activation = _activation(self, names.activation)
-        if type(up) is type(down) is nn.Linear:
-            out = kernels.ffn(
-                x, up.weight, up.bias, down.weight, down.bias, activation=ACTIVATIONS[type(activation)]
-            )  # fmt: skip
-        else:  # an adapter
-            out = down(activation(up(x)))
+        out = feed_forward(x, _at(self, names.up), _activation(self, names.activation), _at(self, names.down))
         return self._add_norm(out, x, names.norm2, names.dropout2)
 
     def _add_norm(self, x: Tensor, residual: Tensor, norm: str, dropout: str | None) -> Tensor:

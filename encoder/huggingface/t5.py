@@ -13,14 +13,15 @@ from ..kernels.common.backend import would_use_triton
 from ..modules import why_not_plain
 from ..packing import PaddedPacking
 from .common import (
-    ACTIVATIONS,
     CAPTURE,
     PaddingFree,
     attention,
+    feed_forward,
     fused_class,
     serves,
     why_not_activation,
     why_not_attention,
+    why_not_linear,
 )
 
 FAMILIES = {"t5": "T5", "mt5": "MT5"}
@@ -41,14 +42,14 @@ class _FusedBlock(nn.Module):
         if block.is_decoder:
             return "a decoder block"
         stock = cls.stock
-        outer, feed_forward = block._modules["layer"]
-        attention, dense = outer._modules["SelfAttention"], feed_forward._modules["DenseReluDense"]
+        first, second = block._modules["layer"]
+        attention, dense = first._modules["SelfAttention"], second._modules["DenseReluDense"]
         gated = type(dense) is stock["DenseGatedActDense"]
         reason = why_not_plain(
             [
-                ("layer.0", outer, stock["LayerSelfAttention"]),
+                ("layer.0", first, stock["LayerSelfAttention"]),
                 ("layer.0.SelfAttention", attention, stock["Attention"]),
-                ("layer.1", feed_forward, stock["LayerFF"]),
+                ("layer.1", second, stock["LayerFF"]),
                 ("layer.1.DenseReluDense", dense, stock["DenseGatedActDense" if gated else "DenseActDense"]),
             ],
             except_of=CAPTURE,
@@ -58,14 +59,14 @@ class _FusedBlock(nn.Module):
         linears = ("wi_0", "wi_1", "wo") if gated else ("wi", "wo")
         reason = (
             why_not_attention(attention, ("q", "k", "v", "o"), "layer.0.SelfAttention", attention.key_value_proj_dim)
+            or why_not_linear((f"layer.1.DenseReluDense.{name}", dense._modules[name]) for name in linears)
             or why_not_activation(dense.act)
             or why_not_plain(
                 [
-                    ("layer.0.layer_norm", outer._modules["layer_norm"], stock["LayerNorm"]),
-                    ("layer.0.dropout", outer._modules["dropout"], nn.Dropout),
-                    ("layer.1.layer_norm", feed_forward._modules["layer_norm"], stock["LayerNorm"]),
-                    ("layer.1.dropout", feed_forward._modules["dropout"], nn.Dropout),
-                    *((f"layer.1.DenseReluDense.{name}", dense._modules[name], nn.Linear) for name in linears),
+                    ("layer.0.layer_norm", first._modules["layer_norm"], stock["LayerNorm"]),
+                    ("layer.0.dropout", first._modules["dropout"], nn.Dropout),
+                    ("layer.1.layer_norm", second._modules["layer_norm"], stock["LayerNorm"]),
+                    ("layer.1.dropout", second._modules["dropout"], nn.Dropout),
                     ("layer.1.DenseReluDense.dropout", dense._modules["dropout"], nn.Dropout),
                 ]
             )
@@ -89,9 +90,9 @@ class _FusedBlock(nn.Module):
         the encoder run fused: then the position bias may be one by distance, ``[H, 2 R + 1]``.
         """
         x = hidden_states
-        outer, feed_forward = self._modules["layer"]  # type: ignore[misc]
-        norm1, norm2 = outer._modules["layer_norm"], feed_forward._modules["layer_norm"]
-        module, dense = outer._modules["SelfAttention"], feed_forward._modules["DenseReluDense"]
+        first, second = self._modules["layer"]  # type: ignore[misc]
+        norm1, norm2 = first._modules["layer_norm"], second._modules["layer_norm"]
+        module, dense = first._modules["SelfAttention"], second._modules["DenseReluDense"]
         if not together and (
             not serves(x, attention_mask, norm1.weight)
             or (position_bias is None and not module.has_relative_attention_bias)
@@ -110,14 +111,12 @@ class _FusedBlock(nn.Module):
         )  # fmt: skip
         normed, x = kernels.add_norm(
             module.o(attended), x, norm2.weight, norm="rms", eps=norm2.variance_epsilon,
-            dropout_p=outer.dropout.p, training=outer.dropout.training, return_sum=True,
+            dropout_p=first.dropout.p, training=first.dropout.training, return_sum=True,
         )  # fmt: skip
-        gated = "wi_0" in dense._modules
-        up = torch.cat((dense.wi_0.weight, dense.wi_1.weight)) if gated else dense.wi.weight
-        out = kernels.ffn(
-            normed, up, None, dense.wo.weight, None, activation=ACTIVATIONS[type(dense.act)], gated=gated,
+        out = feed_forward(
+            normed, (dense.wi_0, dense.wi_1) if "wi_0" in dense._modules else dense.wi, dense.act, dense.wo,
             dropout_p=dense.dropout.p if dense.dropout.training else 0.0,
-            out_dropout_p=feed_forward.dropout.p if feed_forward.dropout.training else 0.0, residual=x,
+            out_dropout_p=second.dropout.p if second.dropout.training else 0.0, residual=x,
         )  # fmt: skip
         return out, position_bias, None
 

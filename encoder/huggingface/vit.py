@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from transformers.models.vit import modeling_vit as vit
 
-from .common import PreNormLayer, fused_class
+from .common import fused_class
+from .pre_norm import PreNormLayer
 
 _NAMES = {
     "attention": "attention", "norm1": "layernorm_before", "norm2": "layernorm_after", "out": "o_proj",

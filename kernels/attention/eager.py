@@ -168,13 +168,20 @@ def _has_rows_of_large(attn_mask: Tensor) -> bool:
     torch's backward pass on the CPU recomputes the softmax from the log-sum-exp, which has lost all else in such a
     row: its gradients are wrong by any factor.
     """
-    if attn_mask.shape[-1] == 0 or torch.compiler.is_compiling():  # nor may a compiled graph depend on values
+    if attn_mask.shape[-1] == 0:
         return False
     largest = attn_mask.detach().amax(-1)
+    return _any((largest.abs() > _LARGE) & largest.isfinite(), unknown=False)
+
+
+def _any(t: Tensor, unknown: bool = True) -> bool:
+    """Whether any element is True; `unknown` where nothing may depend on values, or a look would make somebody wait."""
+    if not t.is_cpu or torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        return unknown
     try:
-        return bool(((largest.abs() > _LARGE) & largest.isfinite()).any())
-    except RuntimeError:  # under torch.func.vmap nothing may depend on values
-        return False
+        return bool(t.any())
+    except RuntimeError:  # under torch.func.vmap
+        return unknown
 
 
 def attention_with_weights(inputs: Inputs, options: Options, average: bool) -> tuple[Tensor, Tensor]:
@@ -304,54 +311,14 @@ def scores_of(query: Tensor, key: Tensor, inputs: Inputs, options: Options, star
         return scores.masked_fill(allowed ^ seeing, float("-inf")), seeing  # a row that sees nothing stays as it is
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
-    seeing = (scores != float("-inf")).any(-1, keepdim=True)
-    return scores.masked_fill(~seeing, 0.0), seeing
-
-
-def elements_seen(block_map: Tensor, tiles: Tensor, start: int, rows: int, len_k: int) -> Tensor:
-    """The rows from `start` on of a block mask, element by element: bool ``[1 or B, 1 or H, rows, Lk]``."""
-    size = tiles.shape[1]
-    first = start // size
-    kinds = block_map[:, :, first : (start + rows - 1) // size + 1]
-    known = torch.zeros((2, size, size), dtype=torch.bool, device=tiles.device)
-    known[1] = True
-    whole = torch.cat([known, tiles])[kinds.long()]  # [b, h, blocks of queries, blocks of keys, size, size]
-    whole = whole.transpose(3, 4).flatten(4, 5).flatten(2, 3)
-    return whole[:, :, start - first * size :][:, :, :rows, :len_k]
-
-
-def attention_backward(
-    dout: Tensor, dlse: Tensor | None, inputs: Inputs, options: Options, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the first five inputs, as far as `needs` asks for them, for the operator of ``torch.compile``."""
-    return _gradients(lambda leaves: attention(leaves, options, dlse is not None), (dout, dlse), inputs, needs)
-
-
-def weights_backward(
-    dout: Tensor | None, dweights: Tensor, inputs: Inputs, options: Options, average: bool, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """The same of `attention_with_weights`, whose softmax is computed again."""
-    return _gradients(lambda leaves: attention_with_weights(leaves, options, average), (dout, dweights), inputs, needs)
-
-
-def _gradients(
-    function: Callable[[Inputs], tuple[Tensor | None, ...]], upstream: tuple[Tensor | None, ...], inputs: Inputs,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of the first five inputs of a differentiable function, as far as `needs` asks for them."""
-    with torch.enable_grad():
-        leaves = [
-            t.detach().requires_grad_(want) if t is not None else None
-            for t, want in zip(inputs[:5], needs, strict=True)
-        ]
-        differentiable: dict[str, Any] = dict(zip(inputs._fields, leaves, strict=False))
-        results = zip(function(inputs._replace(**differentiable)), upstream, strict=True)
-        pairs = [(out, grad) for out, grad in results if out is not None and grad is not None]
-        wanted = [t for t in leaves if t is not None and t.requires_grad]
-        outputs, given = [out for out, _ in pairs], [grad for _, grad in pairs]
-        grads = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
-    found = [next(grads) if t is not None and t.requires_grad else None for t in leaves]
-    return tuple(
-        torch.zeros_like(t) if want and grad is None and t is not None else grad
-        for t, want, grad in zip(leaves, needs, found, strict=True)
+    if len_k == 0:
+        return scores, torch.zeros((*scores.shape[:-1], 1), dtype=torch.bool, device=scores.device)
+    blind = scores.detach().amax(-1, keepdim=True) == float("-inf")
+    return (scores.masked_fill(blind, 0.0), ~blind) if _any(blind) else (scores, None)
+        return scores, None
+    nothing = (
+        scores.detach().amax(-1) == float("-inf") if len_k else scores.new_ones(scores.shape[:-1], dtype=torch.bool)
     )
+    if not _any(nothing):
+        return scores, None
+    return scores.masked_fill(nothing[..., None], 0.0), nothing
