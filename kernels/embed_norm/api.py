@@ -63,7 +63,8 @@ def embed_norm(
         once on the kernels.
 
     Raises:
-        TypeError: ids that are no int64 or int32 tensor, tables that are no floating tensor or of several dtypes.
+        TypeError: ids that are no int64 or int32 tensor, tables that are no floating tensor or of several dtypes, a
+            `dropout_p` that is no number.
         ValueError: shapes or devices that do not fit, more tokens in a row than positions, an unknown norm,
             `dropout_p` outside [0, 1], a negative eps, a `padding_idx` out of range.
         IndexError: an id out of range, where that is checked.
@@ -105,8 +106,9 @@ def embed_norm(
                      or _ids_do_not_fit(position_ids, shape, device)))
             or (token_type_ids is not None
                 and (type_weight is None or _ids_do_not_fit(token_type_ids, shape, device)))
-            or norm not in NORMS or not 0.0 <= dropout_p <= 1.0 or not eps >= 0.0
-            or (padding_idx is not None and not -rows <= padding_idx < rows)
+            or norm not in NORMS or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0
+            or not isinstance(eps, (int, float)) or not eps >= 0.0
+            or (padding_idx is not None and not (isinstance(padding_idx, int) and -rows <= padding_idx < rows))
         )  # fmt: skip
     except (AttributeError, TypeError, ValueError, IndexError):
         wrong = True
@@ -148,13 +150,14 @@ def sinusoidal_positions(
         length: how many positions, from 0.
         d_model: the width.
         base: the longest wavelength over 2 pi.
-        dtype: of the result; the angles are float64.
+        dtype: of the result, as `embed_norm` takes it; the angles are float64.
         device: of the result.
 
     Returns:
         ``[length, d_model]``: column 2i is ``sin(position / base**(2i / d_model))``, column 2i + 1 the cosine.
 
     Raises:
+        TypeError: another dtype.
         ValueError: a negative length, a width below 1, a base that is not positive.
 
     Example:
@@ -166,8 +169,10 @@ def sinusoidal_positions(
         checks.fail_value("length", "an integer that is not negative", length)
     if not isinstance(d_model, int) or d_model < 1:
         checks.fail_value("d_model", "an integer of at least 1", d_model)
-    if not base > 0.0:
+    if not isinstance(base, (int, float)) or not base > 0.0:
         checks.fail_value("base", "a positive number", base)
+    if dtype not in checks.DTYPES:
+        checks.fail_type("dtype", "float32, float64, float16 or bfloat16", dtype)
     columns = torch.arange(0, d_model, 2, dtype=torch.float64, device=device)
     angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * base ** (-columns / d_model)
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :d_model].to(dtype)

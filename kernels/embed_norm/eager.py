@@ -101,8 +101,12 @@ def plain(
     try:
         if not backend.plain_cpu(word) or not ids.is_cpu or ids.dim() == 0 or not eps > 0.0:
             return None
-        dtype, (_, width) = word.dtype, word.shape
-        if not (_fits(position, position_ids, width, dtype) and _fits(type_, type_ids, width, dtype)):
+        dtype, (rows, width) = word.dtype, word.shape
+        if (
+            rows == 0
+            or width == 0
+            or not (_fits(position, position_ids, width, dtype) and _fits(type_, type_ids, width, dtype))
+        ):
             return None
         if position is not None and position_ids is None and position.shape[0] < ids.shape[-1]:
             return None
@@ -118,7 +122,8 @@ def plain(
 def _fits(table: Tensor | None, ids: Tensor | None, width: int, dtype: torch.dtype) -> bool:
     if table is None:
         return ids is None
-    return table.is_cpu and table.dtype is dtype and table.shape[1] == width and (ids is None or ids.is_cpu)
+    rows, columns = table.shape
+    return table.is_cpu and table.dtype is dtype and columns == width and (ids is None or (ids.is_cpu and rows > 0))
 
 
 def _normalise(z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
@@ -179,7 +184,7 @@ def embed_norm_backward(
     dz = dz * rstd[:, None]
 
     def rows_of(table: Tensor, ids: Tensor, padding_idx: int = -1) -> Tensor:
-        ids = ids.reshape(-1)
+        ids = ids.expand(tables.ids.shape).reshape(-1)
         ids = ids if ids.is_cpu else ids.clamp(0, table.shape[0] - 1)
         return torch.ops.aten.embedding_dense_backward(dz, ids, table.shape[0], padding_idx, False)
 
@@ -188,7 +193,7 @@ def embed_norm_backward(
         grads[0] = rows_of(tables.word, tables.ids, options.padding_idx)
     if needs[1] and tables.position is not None:
         if tables.position_ids is not None:
-            grads[1] = rows_of(tables.position, tables.position_ids.expand(tables.ids.shape))
+            grads[1] = rows_of(tables.position, tables.position_ids)
         else:
             length = tables.ids.shape[-1]
             dposition = dz.new_zeros(tables.position.shape)

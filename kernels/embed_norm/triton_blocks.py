@@ -160,7 +160,7 @@ def lookup_arguments(tables: Tables, tile: Tiling, stand_in: Tensor) -> tuple[li
         return stand_in if t is None else t.contiguous()
 
     def ids(t: Tensor | None) -> Tensor:
-        return tables.ids.reshape(-1) if t is None else t.expand(tables.ids.shape).reshape(-1)
+        return (tables.ids if t is None else t.expand(tables.ids.shape)).contiguous().view(-1)
 
     types = 0 if tables.type is None else tables.type.shape[0]
     kept = {True: "held", False: "gather"}

@@ -175,6 +175,28 @@ def test_int32_ids_and_broadcast_position_ids(device):
 
 
 @kernel
+@pytest.mark.parametrize("layout", ["column step", "one number", "transposed"])
+def test_ids_of_any_layout(device, layout):
+    """Such as a view whose flat form is a view too, with steps between its elements."""
+    ids, kinds = tokens((3, 8), device)
+    where = torch.randint(0, 50, (3, 8), generator=torch.Generator().manual_seed(5)).to(device)
+    if layout == "column step":
+        ids, where, kinds = ids[:, ::2], where[:, 1::2], kinds[:, ::2]
+    elif layout == "one number":
+        ids, where, kinds = ids[:1, :1].expand(3, 8), where[0, 0], kinds[0, :1]
+    else:
+        ids, where, kinds = ids.t(), where.t(), kinds.t()
+
+    def ours(*args):
+        return embed_norm(ids, *args, position_ids=where, token_type_ids=kinds)
+
+    def reference(*args):
+        return plain(ids, *args, where, kinds)
+
+    assert_contract(ours, reference, tables(20, device), torch.float32, summed=dict.fromkeys(range(5), 24))
+
+
+@kernel
 @pytest.mark.interpreter
 @pytest.mark.parametrize("which", ["input_ids", "position_ids", "token_type_ids"])
 @pytest.mark.parametrize("value", [-1, 50, 2**33])
@@ -258,6 +280,7 @@ def test_random_combinations(
 
 
 IDS, WORD = torch.tensor([[1, 2, 0]]), torch.randn(5, 8)
+SQUARE = IDS.repeat(3, 1)  # as many sequences and tokens as columns: tables of three dimensions would broadcast
 
 
 @pytest.mark.parametrize(
@@ -286,10 +309,20 @@ IDS, WORD = torch.tensor([[1, 2, 0]]), torch.randn(5, 8)
         ((IDS, WORD, WORD), {"position_ids": IDS.to("meta")}, ValueError, "position_ids"),
         ((IDS, WORD, WORD.to("meta")), {}, ValueError, "position_weight"),
         ((IDS, WORD, None, WORD.to("meta")), {}, ValueError, "type_weight"),
+        ((SQUARE, WORD[:, :3], torch.randn(3, 3, 3)), {}, ValueError, "position_weight"),
+        ((SQUARE, WORD[:, :3], None, torch.randn(2, 3, 3)), {}, ValueError, "type_weight"),
+        ((IDS[:0], WORD[:0]), {}, ValueError, "word_weight"),
+        ((IDS, WORD[:, :0]), {}, ValueError, "word_weight"),
+        ((IDS[:0], WORD, None, WORD[:0]), {"token_type_ids": IDS[:0]}, ValueError, "type_weight"),
+        ((IDS[:0], WORD, WORD[:0]), {"position_ids": IDS[:0]}, ValueError, "position_weight"),
         ((IDS, WORD), {"norm": "batch"}, ValueError, "norm"),
         ((IDS, WORD), {"eps": -1.0}, ValueError, "eps"),
+        ((IDS, WORD), {"eps": torch.tensor(0.1), "norm": "rms"}, ValueError, "eps"),
         ((IDS, WORD), {"dropout_p": 1.5}, ValueError, "dropout_p"),
+        ((IDS, WORD), {"dropout_p": torch.tensor(0.5)}, TypeError, "dropout_p"),
         ((IDS, WORD), {"padding_idx": 5}, ValueError, "padding_idx"),
+        ((IDS, WORD), {"padding_idx": 1.0}, ValueError, "padding_idx"),
+        ((IDS, WORD), {"padding_idx": torch.tensor(1)}, ValueError, "padding_idx"),
     ],
 )
 def test_bad_input(arguments, options, error, named):
@@ -303,9 +336,12 @@ def test_sinusoidal_positions():
     angle = 3 / 10000 ** (2 / 5)
     torch.testing.assert_close(table[3, 2:4], torch.tensor([angle], dtype=torch.float64).repeat(2).mul(1).sin()
                                .where(torch.tensor([True, False]), torch.tensor(angle).double().cos()))  # fmt: skip
-    for bad in ((-1, 4), (3, 0)):
-        with pytest.raises(ValueError, match="expected"):
-            sinusoidal_positions(*bad)
+    for name, value in (("length", -1), ("d_model", 0), ("base", float("nan")), ("base", "10")):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            sinusoidal_positions(**({"length": 3, "d_model": 4} | {name: value}))
+    for dtype in (torch.int64, None):
+        with pytest.raises(TypeError, match=r"^dtype: expected float32"):
+            sinusoidal_positions(3, 4, dtype=dtype)
 
 
 def operands(seed=None, rms=False, position_ids=None, type_ids=None, save=True):
@@ -327,11 +363,12 @@ def test_opcheck(case):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_whole_with_the_same_result(dynamic):
+@pytest.mark.parametrize("broadcast", [False, True], ids=["", "broadcast ids"])
+def test_compiles_whole_with_the_same_result(dynamic, broadcast):
     torch._dynamo.reset()
 
     def call(ids, kinds, *args):
-        return embed_norm(ids, *args, token_type_ids=kinds, padding_idx=3)
+        return embed_norm(ids, *args, token_type_ids=kinds[:1] if broadcast else kinds, padding_idx=3)
 
     compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     leaves = [t.requires_grad_() for t in tables(12, "cpu")]
