@@ -71,7 +71,8 @@ def add_norm(
         dropout_p: probability in [0, 1] with which an element of ``x + x_bias`` is dropped.
         training: dropout applies only if True.
         x_bias: ``[width]``, dtype as for `weight`: the bias of the product that gave `x`, added before dropout.
-        return_sum: also return ``residual + dropout(x + x_bias)``, which a pre-norm layer carries on.
+        return_sum: also return ``residual + dropout(x + x_bias)``, which a pre-norm layer carries on; `x` itself where
+            nothing is added to it or dropped from it.
         zero_centered_weight: the weight counts as ``1 + weight``, as in Gemma and flash-attn's ``layer_norm_fn``.
         residual_in_fp32: the sum is computed, returned and saved in float32 whatever the residual, for a float32
             residual stream; the output keeps the dtype of `x`. No difference for float32 and float64.
@@ -84,7 +85,8 @@ def add_norm(
         layer_norm is.
 
     Raises:
-        TypeError: an argument that is no floating tensor, or of a dtype that does not go with that of `x`.
+        TypeError: an argument that is no floating tensor, or of a dtype that does not go with that of `x`; a
+            `dropout_p` that is no number.
         ValueError: an unknown norm, shapes or devices that do not fit, `dropout_p` outside [0, 1], a negative eps.
 
     Example:
@@ -121,7 +123,8 @@ def add_norm(
                 and (x_bias.shape != width or x_bias.device != device
                      or (x_bias.dtype is not dtype and not (half and x_bias.dtype is torch.float32))))
             or width[0] == 0 or dtype not in checks.DTYPES or norm not in NORMS
-            or not 0.0 <= dropout_p <= 1.0 or not eps >= 0.0
+            or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0
+            or not isinstance(eps, (int, float)) or not eps >= 0.0
         )  # fmt: skip
     except (AttributeError, TypeError, IndexError):
         _explain(x, residual, weight, bias, x_bias, norm, eps, dropout_p)

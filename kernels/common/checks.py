@@ -49,9 +49,9 @@ def same_kind(argument: str, value: Tensor, reference_name: str, reference: Tens
         fail_value(argument, f"device {reference.device}, that of {reference_name}", value)
 
 
-def dropout_probability(value: Any) -> None:
+def dropout_probability(value: Any, argument: str = "dropout_p") -> None:
     """Raise unless `value` is a number in [0, 1]."""
     if not isinstance(value, (int, float)):
-        fail_type("dropout_p", "a number in [0, 1]", value)
+        fail_type(argument, "a number in [0, 1]", value)
     if not 0.0 <= value <= 1.0:  # also catches NaN
-        fail_value("dropout_p", "a number in [0, 1]", value)
+        fail_value(argument, "a number in [0, 1]", value)

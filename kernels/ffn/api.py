@@ -61,9 +61,10 @@ def ffn(
         on the kernels and with `recompute`.
 
     Raises:
-        TypeError: an argument that is no floating tensor, or of another dtype than `x`.
+        TypeError: an argument that is no floating tensor, or of another dtype than `x`; a probability that is no
+            number.
         ValueError: shapes or devices that do not fit, an odd first dimension of a gated `weight1`, an unknown
-            activation or `recompute`, a probability outside [0, 1].
+            activation, `recompute` or `fused`, a probability outside [0, 1].
 
     Example:
         >>> import torch, fusenc
@@ -91,14 +92,16 @@ def ffn(
                 (checks.differ(residual.shape, torch.Size((*x.shape[:-1], d_out))) if torch.compiler.is_compiling()
                  else residual.shape != (*x.shape[:-1], d_out)) or residual.device != device
                 or not (residual.dtype is dtype or (residual.dtype is torch.float32 and dtype in _NARROW))))
-            or dtype not in checks.DTYPES or activation not in eager.ACTIVATIONS or recompute not in op.RECOMPUTE
-            or not 0.0 <= dropout_p <= 1.0 or not 0.0 <= out_dropout_p <= 1.0
+            or dtype not in checks.DTYPES or activation not in eager.ACTIVATIONS
+            or recompute not in op.RECOMPUTE or fused not in _FUSED
+            or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0
+            or not isinstance(out_dropout_p, (int, float)) or not 0.0 <= out_dropout_p <= 1.0
         )  # fmt: skip
     except (AttributeError, TypeError, ValueError, IndexError):
         wrong = True
     if wrong:
         _explain(
-            x, weight1, bias1, weight2, bias2, residual, activation, gated, dropout_p, out_dropout_p, recompute
+            x, weight1, bias1, weight2, bias2, residual, activation, gated, dropout_p, out_dropout_p, recompute, fused
         )  # fmt: skip
     seed = out_seed = None
     if training and (dropout_p or out_dropout_p):
@@ -149,9 +152,10 @@ def linear_act(
         with `recompute`.
 
     Raises:
-        TypeError: an argument that is no floating tensor, or of another dtype than `x`.
+        TypeError: an argument that is no floating tensor, or of another dtype than `x`; a probability that is no
+            number.
         ValueError: shapes or devices that do not fit, an odd first dimension of a gated `weight`, an unknown
-            activation, `dropout_p` outside [0, 1].
+            activation, `recompute` or `fused`, `dropout_p` outside [0, 1].
 
     Example:
         >>> import torch, fusenc
@@ -167,12 +171,12 @@ def linear_act(
             x.shape[-1] != d_in or (gated and width % 2 != 0) or weight.dtype is not dtype or weight.device != device
             or (bias is not None and (bias.shape != (width,) or bias.dtype is not dtype or bias.device != device))
             or dtype not in checks.DTYPES or activation not in eager.ACTIVATIONS or recompute not in (False, True)
-            or not 0.0 <= dropout_p <= 1.0
+            or fused not in _FUSED or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0
         )  # fmt: skip
     except (AttributeError, TypeError, ValueError, IndexError):
         wrong = True
     if wrong:
-        _explain_options(activation, dropout_p)
+        _explain_options(activation, dropout_p, fused)
         if recompute not in (False, True):
             checks.fail_value("recompute", "False or True", recompute)
         _explain_linear(x, (("weight", weight, "bias", bias),), gated)
@@ -190,6 +194,7 @@ def linear_act(
 
 
 _NARROW = (torch.float16, torch.bfloat16)
+_FUSED = (None, True, False)
 
 
 def _seeds(x: Tensor, dropout_p: float, out_dropout_p: float) -> tuple[Tensor | None, Tensor | None]:
@@ -208,11 +213,10 @@ def _needs_gradients(*tensors: Tensor | None) -> list[bool]:
 
 def _explain(
     x: Any, weight1: Any, bias1: Any, weight2: Any, bias2: Any, residual: Any, activation: Any, gated: Any,
-    dropout_p: Any, out_dropout_p: Any, recompute: Any,
+    dropout_p: Any, out_dropout_p: Any, recompute: Any, fused: Any,
 ) -> NoReturn:  # fmt: skip
-    _explain_options(activation, dropout_p)
-    if not isinstance(out_dropout_p, (int, float)) or not 0.0 <= out_dropout_p <= 1.0:
-        checks.fail_value("out_dropout_p", "a number in [0, 1]", out_dropout_p)
+    _explain_options(activation, dropout_p, fused)
+    checks.dropout_probability(out_dropout_p, "out_dropout_p")
     if recompute not in op.RECOMPUTE:
         checks.fail_value("recompute", "False, 'activation' or True", recompute)
     if residual is not None:
@@ -229,10 +233,12 @@ def _explain(
     _explain_linear(x, (("weight1", weight1, "bias1", bias1), ("weight2", weight2, "bias2", bias2)), gated)
 
 
-def _explain_options(activation: Any, dropout_p: Any) -> None:
+def _explain_options(activation: Any, dropout_p: Any, fused: Any) -> None:
     if activation not in eager.ACTIVATIONS:
         checks.fail_value("activation", f"one of {', '.join(eager.ACTIVATIONS)}", activation)
     checks.dropout_probability(dropout_p)
+    if fused not in _FUSED:
+        checks.fail_value("fused", "None, True or False", fused)
 
 
 def _explain_linear(x: Any, layers: tuple[tuple[str, Any, str, Any], ...], gated: Any) -> NoReturn:

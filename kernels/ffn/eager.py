@@ -12,6 +12,11 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "relu2")
 _QUICK = 1.702
 
 
+def as_matrix(x: Tensor) -> Tensor:
+    """`x` as ``[rows, width]``; a view where its memory order allows. Unlike ``reshape(-1, width)`` for width 0 too."""
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
+
+
 def activate(x: Tensor, activation: str) -> Tensor:
     """One of ACTIVATIONS applied to `x`."""
     if activation == "gelu":
@@ -68,7 +73,7 @@ def _gate_in_place(hidden: Tensor, activation: str, gated: bool) -> Tensor:
     if not gated:
         return activate_in_place(hidden, activation)
     first, second = hidden.chunk(2, -1)
-    return activate_in_place(first, activation).mul_(second)
+    return activate_in_place(first, activation) * second  # with memory of its own, as on every other path
 
 
 def linear_act(
@@ -119,8 +124,8 @@ def ffn_backward(
     activation: str, gated: bool, needs: list[bool], accumulate: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients as formulas: dx, dweight1, dbias1, dweight2, dbias2, each only if `needs` says so."""
-    flat_x = x.reshape(-1, x.shape[-1])
-    flat_do = dropout.dropout(dout.reshape(-1, dout.shape[-1]), out_seed, out_dropout_p).to(x.dtype)
+    flat_x = as_matrix(x)
+    flat_do = dropout.dropout(as_matrix(dout), out_seed, out_dropout_p).to(x.dtype)
     needs_activated = needs[3] and activated is None
     if hidden is None and (any(needs[:3]) or needs_activated):
         hidden = F.linear(flat_x, weight1, bias1)
@@ -145,5 +150,5 @@ def linear_backward(
         dx = dhidden @ weight
         dx = (dx if accumulate is None else dx + accumulate.reshape(dx.shape)).view(x.shape)
     if needs[1]:
-        dweight = dhidden.t() @ x.reshape(-1, x.shape[-1])
+        dweight = dhidden.t() @ as_matrix(x)
     return dx, dweight, dhidden.sum(0) if needs[2] else None

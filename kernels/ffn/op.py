@@ -19,7 +19,8 @@ RECOMPUTE = (False, "activation", True)
 def to_save(recompute: bool | str, needs: Sequence[bool]) -> tuple[bool, bool]:
     """Whether the backward pass wants the pre-activation and the activation saved, from what needs gradients."""
     first, second = any(needs[:3]), needs[3]
-    return recompute is not True and (first or (second and bool(recompute))), recompute is False and second
+    hidden = not recompute or recompute == "activation"
+    return hidden and (first or (second and bool(recompute))), not recompute and second
 
 
 def forward(
@@ -43,9 +44,9 @@ def forward(
             fused, save_hidden,
         )  # fmt: skip
         return out, hidden, activated if save_activated else None
-    hidden = F.linear(x.reshape(-1, x.shape[-1]), weight1, bias1)
+    hidden = F.linear(eager.as_matrix(x), weight1, bias1)
     act = dropout.dropout(eager.gate(hidden, activation, gated), seed, dropout_p)
-    flat_r = None if residual is None else residual.reshape(-1, weight2.shape[0])
+    flat_r = None if residual is None else eager.as_matrix(residual)
     out = eager.output(act, weight2, bias2, flat_r, out_seed, out_dropout_p)
     out = out.view(*x.shape[:-1], weight2.shape[0])
     return out, hidden if save_hidden else None, act if save_activated else None
@@ -83,7 +84,7 @@ def linear_act_forward(
     gated: bool, fused: bool | None, save_hidden: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The dropped-out activation, and if asked for the pre-activation, on whichever backend serves `x`."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = eager.as_matrix(x)
     hidden: Tensor | None
     if backend.use_triton(x):
         from .triton_forward import linear_act_forward as launch
@@ -100,7 +101,7 @@ def linear_act_backward(
     dropout_p: float, activation: str, gated: bool, fused: bool | None, needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dx, dweight and dbias, each only if `needs` says so."""
-    flat_x, flat_do = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
+    flat_x, flat_do = eager.as_matrix(x), eager.as_matrix(dout)
     if not backend.use_triton(x):
         hidden = F.linear(flat_x, weight, bias) if hidden is None else hidden
         dhidden = eager.hidden_gradient(flat_do, hidden, seed, dropout_p, activation, gated)

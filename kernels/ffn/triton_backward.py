@@ -14,8 +14,9 @@ from ..common import dropout, launch
 from ..common.column_sums import ColumnSums
 from ..common.triton_blocks import dropout_keep
 from . import configs
+from .eager import as_matrix
 from .triton_blocks import activation_and_slope, column_parts, product_block, tile_position
-from .triton_forward import as_matrix, as_rows, pre_activation
+from .triton_forward import as_rows, pre_activation
 
 
 @triton.jit

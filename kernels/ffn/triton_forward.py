@@ -10,6 +10,7 @@ from torch import Tensor
 from ..common import dropout, launch
 from ..common.triton_blocks import dropout_keep
 from . import configs
+from .eager import as_matrix
 from .triton_blocks import activation_and_slope, column_parts, product_block, tile_position
 
 
@@ -133,11 +134,6 @@ def dropout_add_kernel(
         r_ptrs = residual_ptr + offs_m[:, None] * stride_rm + offs_n[None, :]
         out += tl.load(r_ptrs, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def as_matrix(x: Tensor) -> Tensor:
-    """`x` as ``[rows, width]``; a view where its memory order allows."""
-    return x.reshape(-1, x.shape[-1])
 
 
 def as_rows(x: Tensor) -> Tensor:

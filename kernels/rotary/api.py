@@ -85,10 +85,11 @@ def rotary_tables(
         length: how many positions, from 0.
         rotary_dim: R, the number of columns that are rotated; even.
         base: Su et al. (2021) take 10000.
-        dtype: of the tables; the angles are float64.
+        dtype: of the tables, as `rotary` takes them; the angles are float64.
         device: of the tables.
 
     Raises:
+        TypeError: another dtype.
         ValueError: a negative length, a `rotary_dim` that is odd or below 2, a base that is not positive.
 
     Example:
@@ -101,8 +102,10 @@ def rotary_tables(
         checks.fail_value("length", "an integer that is not negative", length)
     if not isinstance(rotary_dim, int) or rotary_dim < 2 or rotary_dim % 2:
         checks.fail_value("rotary_dim", "an even integer of at least 2", rotary_dim)
-    if not base > 0.0:
+    if not isinstance(base, (int, float)) or not base > 0.0:
         checks.fail_value("base", "a positive number", base)
+    if dtype not in checks.DTYPES:
+        checks.fail_type("dtype", "float32, float64, float16 or bfloat16", dtype)
     columns = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device)
     angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * base ** (-columns / rotary_dim)
     return angles.cos().to(dtype), angles.sin().to(dtype)

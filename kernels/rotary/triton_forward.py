@@ -57,8 +57,8 @@ def rotary_kernel(
     # the tokens' cosines and sines once, and each of its elements once, and writes each once.
     #   (a, b) -> (a cos - b sin, b cos + a sin)    (Su et al., "RoFormer", 2021, equation 34)
     # The pairs (a, b) are the two halves of the rotated columns, or neighbours (INTERLEAVED). The backward pass is the
-    # rotation by the negative angle (INVERSE). A position out of range reads nothing and gives NaN. With FAR the columns
-    # of a row lie so far apart that their offsets take 64 bits.
+    # rotation by the negative angle (INVERSE). A position out of range reads nothing and gives NaN. With FAR the
+    # columns of a row lie so far apart that their offsets take 64 bits.
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     token = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     token_ok = token < tokens

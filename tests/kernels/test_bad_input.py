@@ -211,6 +211,8 @@ def test_attention_with_weights(arguments, named):
         ((X, X, W), {"eps": "1"}, ValueError, "eps"),
         ((X, X, W), {"dropout_p": 2}, ValueError, "dropout_p"),
         ((X, X, W), {"dropout_p": None}, TypeError, "dropout_p"),
+        ((X, X, W), {"dropout_p": torch.tensor(0.5)}, TypeError, "dropout_p"),
+        ((X, X, W), {"eps": torch.tensor(0.1), "norm": "rms"}, ValueError, "eps"),
     ],
 )
 def test_add_norm(arguments, options, error, named):
@@ -235,6 +237,9 @@ def test_add_norm(arguments, options, error, named):
         ((X, W1, None, W2, None), {"activation": "swish"}, ValueError, "activation"),
         ((X, W1, None, W2, None), {"dropout_p": -1}, ValueError, "dropout_p"),
         ((X, W1, None, W2, None), {"out_dropout_p": 2.0}, ValueError, "out_dropout_p"),
+        ((X, W1, None, W2, None), {"out_dropout_p": "0.1"}, TypeError, "out_dropout_p"),
+        ((X, W1, None, W2, None), {"dropout_p": torch.tensor(0.5)}, TypeError, "dropout_p"),
+        ((X, W1, None, W2, None), {"fused": "yes"}, ValueError, "fused"),
         ((X, W1, None, W2, None), {"recompute": "all"}, ValueError, "recompute"),
         ((X, W1, None, W2, None), {"gated": True}, ValueError, "weight2"),
         ((X, torch.randn(7, X.shape[-1]), None, W2, None), {"gated": True}, ValueError, "weight1"),

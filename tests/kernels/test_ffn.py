@@ -149,6 +149,38 @@ def test_empty_batch(device):
     assert all(g.shape == t.shape and (g == 0).all() for g, t in zip(grads, inputs, strict=True))
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize(("d_model", "d_hidden", "d_out"), [(0, 16, 8), (8, 0, 8), (8, 16, 0)])
+def test_a_width_of_0(device, d_model, d_hidden, d_out, recompute):
+    """As torch's own products: what is summed over nothing is 0."""
+    inputs = [
+        torch.randn(shape, device=device).requires_grad_()
+        for shape in ((4, d_model), (d_hidden, d_model), (d_hidden,), (d_out, d_hidden), (d_out,))
+    ]
+    rates = {"dropout_p": 1.0, "out_dropout_p": 1.0}
+    for options in ({}, rates):
+        out = ffn(*inputs, recompute=recompute, **options)
+        expected = plain()(*inputs) * (not options)
+        pairs = [(out, expected, inputs)]
+        hidden = linear_act(*inputs[:3], recompute=recompute, dropout_p=options.get("dropout_p", 0.0))
+        pairs.append((hidden, F.gelu(F.linear(*inputs[:3])) * (not options), inputs[:3]))
+        for got, want, leaves in pairs:
+            torch.testing.assert_close(got, want)
+            grads = [torch.autograd.grad(t.sum(), leaves, retain_graph=True) for t in (got, want)]
+            for a, b in zip(*grads, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_the_result_has_memory_of_its_own(device, gated):
+    """With gradients or without: not a part of a wider pre-activation."""
+    x, w1, b1, *_ = tensors(12, 8, 16, device)
+    x = x.view(3, 4, 8)
+    for needs in (False, True):
+        out = linear_act(x.requires_grad_(needs), w1, b1, gated=gated)
+        assert out.is_contiguous() and out.untyped_storage().nbytes() == out.numel() * out.element_size()
+
+
 def reference(options, masks):
     """`ffn` in plain PyTorch; `masks` are the dropped elements of hidden activation and output."""
 
@@ -258,6 +290,8 @@ def test_what_is_kept_for_the_backward_pass(device, backend):
         tensors_ = [t for t in saved.saved_tensors if t is not None]
         kept[recompute] = sum(t.shape == (40, 72) for t in tensors_)
     assert kept == ({} if backend == "eager" else {False: 2}) | {"activation": 1, True: 0}
+    saved = ffn(*inputs, recompute=1).grad_fn  # which equals True
+    assert not any(t is not None and t.shape == (40, 72) for t in saved.saved_tensors)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])

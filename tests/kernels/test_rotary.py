@@ -228,9 +228,12 @@ def test_tables():
     cos, sin = rotary_tables(4, 6, dtype=torch.float64)
     assert cos.shape == sin.shape == (4, 3)
     torch.testing.assert_close(sin[3, 1], torch.tensor(3 / 10000 ** (2 / 6), dtype=torch.float64).sin())
-    for bad in ((-1, 4), (3, 5), (3, 0)):
-        with pytest.raises(ValueError, match="expected"):
-            rotary_tables(*bad)
+    for name, value in (("length", -1), ("rotary_dim", 5), ("rotary_dim", 0), ("base", 0.0), ("base", "10")):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            rotary_tables(**({"length": 3, "rotary_dim": 4} | {name: value}))
+    for dtype in (torch.int64, None):
+        with pytest.raises(TypeError, match=r"^dtype: expected float32"):
+            rotary_tables(3, 4, dtype=dtype)
 
 
 OPERANDS = {
