@@ -315,10 +315,52 @@ def scores_of(query: Tensor, key: Tensor, inputs: Inputs, options: Options, star
         return scores, torch.zeros((*scores.shape[:-1], 1), dtype=torch.bool, device=scores.device)
     blind = scores.detach().amax(-1, keepdim=True) == float("-inf")
     return (scores.masked_fill(blind, 0.0), ~blind) if _any(blind) else (scores, None)
-        return scores, None
-    nothing = (
-        scores.detach().amax(-1) == float("-inf") if len_k else scores.new_ones(scores.shape[:-1], dtype=torch.bool)
+
+
+def elements_seen(block_map: Tensor, tiles: Tensor, start: int, rows: int, len_k: int) -> Tensor:
+    """The rows from `start` on of a block mask, element by element: bool ``[1 or B, 1 or H, rows, Lk]``."""
+    size = tiles.shape[1]
+    first = start // size
+    kinds = block_map[:, :, first : (start + rows - 1) // size + 1]
+    known = torch.zeros((2, size, size), dtype=torch.bool, device=tiles.device)
+    known[1] = True
+    whole = torch.cat([known, tiles])[kinds.long()]  # [b, h, blocks of queries, blocks of keys, size, size]
+    whole = whole.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return whole[:, :, start - first * size :][:, :, :rows, :len_k]
+
+
+def attention_backward(
+    dout: Tensor, dlse: Tensor | None, inputs: Inputs, options: Options, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the first five inputs, as far as `needs` asks for them, for the operator of ``torch.compile``."""
+    return _gradients(lambda leaves: attention(leaves, options, dlse is not None), (dout, dlse), inputs, needs)
+
+
+def weights_backward(
+    dout: Tensor | None, dweights: Tensor, inputs: Inputs, options: Options, average: bool, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The same of `attention_with_weights`, whose softmax is computed again."""
+    return _gradients(lambda leaves: attention_with_weights(leaves, options, average), (dout, dweights), inputs, needs)
+
+
+def _gradients(
+    function: Callable[[Inputs], tuple[Tensor | None, ...]], upstream: tuple[Tensor | None, ...], inputs: Inputs,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of the first five inputs of a differentiable function, as far as `needs` asks for them."""
+    with torch.enable_grad():
+        leaves = [
+            t.detach().requires_grad_(want) if t is not None else None
+            for t, want in zip(inputs[:5], needs, strict=True)
+        ]
+        differentiable: dict[str, Any] = dict(zip(inputs._fields, leaves, strict=False))
+        results = zip(function(inputs._replace(**differentiable)), upstream, strict=True)
+        pairs = [(out, grad) for out, grad in results if out is not None and grad is not None]
+        wanted = [t for t in leaves if t is not None and t.requires_grad]
+        outputs, given = [out for out, _ in pairs], [grad for _, grad in pairs]
+        grads = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
+    found = [next(grads) if t is not None and t.requires_grad else None for t in leaves]
+    return tuple(
+        torch.zeros_like(t) if want and grad is None and t is not None else grad
+        for t, want, grad in zip(leaves, needs, found, strict=True)
     )
-    if not _any(nothing):
-        return scores, None
-    return scores.masked_fill(nothing[..., None], 0.0), nothing
