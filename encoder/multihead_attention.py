@@ -34,7 +34,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def why_not_fused(self) -> str:
         """Why calls run torch's own forward, or "" if they run fused."""
-        return why_no_attention(self)
+        return f"the head size is above {MAX_HEAD_DIM}" if self.head_dim > MAX_HEAD_DIM else ""
 
     def forward(
         self,
@@ -177,11 +177,6 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = weights.to(query.dtype)
         out = F.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)
         return in_the_kind_of(query, of_q.with_data(out)), weights
-
-
-def why_no_attention(attn: nn.MultiheadAttention) -> str:
-    """Why the kernels cannot do an attention module's work, or ""."""
-    return f"the head size is above {MAX_HEAD_DIM}" if attn.head_dim > MAX_HEAD_DIM else ""
 
 
 def batch_and_length(x: Tensor, batch_first: bool) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
+from .kernels.attention.eager import MAX_HEAD_DIM
 from .kernels.common.backend import would_use_triton
 from .modules import activation_name, why_not_plain
 from .multihead_attention import (
@@ -18,7 +19,6 @@ from .multihead_attention import (
     masks_fit,
     merged_mask,
     project,
-    why_no_attention,
 )
 
 _ATTENTIONS = ("self_attn", "multihead_attn")
@@ -58,8 +58,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             attn = parts[name]
             if not attn._qkv_same_embed_dim or attn.bias_k is not None or attn.add_zero_attn:
                 return f"{name} has options that are not fused"
-            if reason := why_no_attention(attn):
-                return reason
+            if attn.head_dim > MAX_HEAD_DIM:
+                return f"the head size is above {MAX_HEAD_DIM}"
         if parts["self_attn"].batch_first is not parts["multihead_attn"].batch_first:
             return "self_attn and multihead_attn disagree about batch_first"
         cls = type(self)
