@@ -49,19 +49,24 @@ def demo(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="host, norm, embed, attention, ffn, model or all.")] = "all",
+    suite: Annotated[str, typer.Argument(help="host, norm, embed, attention, ffn, model, encoder or all.")] = "all",
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on the CPU.")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Measurements of each side; their median counts.")] = 25,
 ) -> None:
     """Measure the library against torch and Hugging Face on this machine's CPU."""
+    from .cases.encoder import WrongValuesError
+    from .demo import DemoError
     from .measure import SUITES, run
 
     if suite not in (*SUITES, "all"):
         raise _fail(f"unknown suite {suite!r}, expected one of {', '.join((*SUITES, 'all'))}")
     try:
         run(list(SUITES) if suite == "all" else [suite], json, threads, rounds)
-    except OSError as error:  # a file that cannot be written
+    except WrongValuesError as error:
+        typer.echo(f"fusenc: {error}", err=True)
+        raise typer.Exit(1) from None
+    except (DemoError, OSError) as error:  # no packaged model, or a file that cannot be written
         raise _fail(str(error)) from None
 
 

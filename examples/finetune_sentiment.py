@@ -39,6 +39,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -343,6 +344,7 @@ def main(
     restart: Annotated[bool, typer.Option("--restart", help="Forget what the folder holds.")] = False,
 ) -> None:
     """Fine-tune the packaged MiniLM on rated movie snippets, unfused and fused side by side."""
+    logging.disable_progress_bar()  # of loading the weights, there are better ones to come
     console = Console()
     settings = Settings(epochs, batch_size, learning_rate, dropout, snippets, validate_every, seed)
     out.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import attention, embed, ffn, host, model, norm
+from . import attention, embed, encoder, ffn, host, model, norm
 from .case import Case
 
 SUITES: dict[str, Callable[[], list[Case]]] = {
@@ -14,4 +14,5 @@ SUITES: dict[str, Callable[[], list[Case]]] = {
     "attention": attention.cases,
     "ffn": ffn.cases,
     "model": model.cases,
+    "encoder": encoder.cases,
 }
