@@ -57,7 +57,8 @@ def bench(
     """Measure the library against torch and Hugging Face on this machine's CPU."""
     from .cases.encoder import WrongValuesError
     from .demo import DemoError
-    from .measure import SUITES, run
+    from .cases import SUITES
+    from .measure import run
 
     if suite not in (*SUITES, "all"):
         raise _fail(f"unknown suite {suite!r}, expected one of {', '.join((*SUITES, 'all'))}")

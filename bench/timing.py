@@ -88,7 +88,7 @@ def take_turns(
     gc.disable()
     try:
         for i in range(-warm_up, rounds):
-            for name in sides if i % 2 else reversed(sides):
+            for name in sides if i % 2 else reversed(list(sides)):
                 taken = device.seconds(sides[name], calls)
                 if i >= 0:
                     seconds[name].append(taken)
