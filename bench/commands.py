@@ -55,9 +55,9 @@ def bench(
     rounds: Annotated[int, typer.Option(min=3, help="Measurements of each side; their median counts.")] = 25,
 ) -> None:
     """Measure the library against torch and Hugging Face on this machine's CPU."""
+    from .cases import SUITES
     from .cases.encoder import WrongValuesError
     from .demo import DemoError
-    from .cases import SUITES
     from .measure import run
 
     if suite not in (*SUITES, "all"):
