@@ -192,17 +192,26 @@ def attention_with_weights(
     query, key, value, autocast = _checked(query, key, value, dropout_p, False)
     if query.dtype in checks.FLOAT8:
         checks.floating_tensor("query", query)
-    batch, _, len_q, _ = query.shape
+    batch, nhead, len_q, head_dim = query.shape
+    len_k = key.shape[2]
+    if torch.compiler.is_compiling() or not backend.use_triton(query):
+        if attn_mask is not None:
+            attn_mask = _checked_mask(attn_mask, query, (batch, nhead, len_q, len_k))
+        if scale is None:
+            scale = 1.0 / math.sqrt(head_dim)
+        elif not isinstance(scale, (int, float)):
+            checks.fail_type("scale", "a number", scale)
+        seed = dropout.new_seed(query) if dropout_p > 0.0 else None
+        arguments = (query, key, value, attn_mask, seed, dropout_p, is_causal, scale, average)
+        if not autocast:
+            return eager.attention_with_weights(*arguments)
+        with torch.autocast(query.device.type, enabled=False):
+            return eager.attention_with_weights(*arguments)
+    _refuse_vmap(query)
     inputs, options = assemble(
-        query, key, value, None, None, batch, len_q, key.shape[2], False, attn_mask, dropout_p, is_causal, scale,
+        query, key, value, None, None, batch, len_q, len_k, False, attn_mask, dropout_p, is_causal, scale,
         None, None, None, None, "top_left", None,
     )  # fmt: skip
-    if torch.compiler.is_compiling() or not backend.use_triton(query):
-        if not autocast:
-            return eager.attention_with_weights(inputs, options, average)
-        with torch.autocast(query.device.type, enabled=False):
-            return eager.attention_with_weights(inputs, options, average)
-    _refuse_vmap(query)
     if _needs_gradients(inputs):
         out, weights = op.AttentionWithWeights.apply(*inputs, *options, average)
     else:

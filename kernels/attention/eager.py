@@ -184,20 +184,33 @@ def _any(t: Tensor, unknown: bool = True) -> bool:
         return unknown
 
 
-def attention_with_weights(inputs: Inputs, options: Options, average: bool) -> tuple[Tensor, Tensor]:
-    """Output and softmax weights after dropout, ``[B, H, Lq, Lk]`` or averaged ``[B, Lq, Lk]``, of a dense batch;
-    differentiable."""
-    query, key, value, *_ = inputs
+def attention_with_weights(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, seed: Tensor | None, dropout_p: float,
+    is_causal: bool, scale: float, average: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and softmax weights after dropout, ``[B, H, Lq, Lk]`` or averaged ``[B, Lq, Lk]``; differentiable."""
     wide = wide_dtype(query)
-    scores, seeing = scores_of(_as(wide, query), _as(wide, key), inputs, options, 0)
+    batch, nhead, len_q, _ = query.shape
+    len_k = key.shape[2]
+    # Products of three dimensions: those of four cost the host as much again, forward and backward.
+    products = torch.bmm(_as(wide, query).flatten(0, 1), _as(wide, key).flatten(0, 1).transpose(1, 2))
+    scores, seeing = products.mul_(scale).view(batch, nhead, len_q, len_k), None
+    if attn_mask is not None or is_causal:
+        added = attn_mask is not None and attn_mask.dtype != torch.bool
+        allowed = torch.ones((len_q, len_k), dtype=torch.bool, device=query.device).tril() if is_causal else None
+        if attn_mask is not None and added:
+            scores = scores + attn_mask.to(wide)
+        elif attn_mask is not None:
+            allowed = attn_mask if allowed is None else allowed & attn_mask
+        scores, seeing = _hide(scores, allowed, added)
     weights = _softmax(scores, seeing)
-    if inputs.seed is not None:
+    if seed is not None:
         if torch.compiler.is_compiling():  # a mask of ours would become a constant of the graph
-            weights = torch.dropout(weights, options.dropout_p, True)
+            weights = torch.dropout(weights, dropout_p, True)
         else:
-            weights = dropout.dropout(weights, inputs.seed, options.dropout_p)
-    out = _as(query.dtype, weights @ _as(wide, value))
-    return out, weights.mean(1) if average else weights
+            weights = dropout.dropout(weights, seed, dropout_p)
+    out = torch.bmm(weights.flatten(0, 1), _as(wide, value).flatten(0, 1)).view(batch, nhead, len_q, value.shape[3])
+    return _as(query.dtype, out), weights.mean(1) if average else weights
 
 
 def _some_queries(
@@ -306,12 +319,21 @@ def scores_of(query: Tensor, key: Tensor, inputs: Inputs, options: Options, star
     first_is_seen = options.left < 0 and (options.right < 0 or offset + options.right >= 0)
     if len_k > 0 and mask is None and inputs.block_map is None and first_is_seen:  # by every query
         return scores if allowed is None else scores.masked_fill(~allowed, float("-inf")), None
-    if allowed is not None and inputs.relative_bias is None and (mask is None or mask.dtype == torch.bool):
-        seeing = allowed.any(-1, keepdim=True)
-        return scores.masked_fill(allowed ^ seeing, float("-inf")), seeing  # a row that sees nothing stays as it is
+    return _hide(scores, allowed, inputs.relative_bias is not None or (mask is not None and mask.dtype != torch.bool))
+
+
+def _hide(scores: Tensor, allowed: Tensor | None, added: bool) -> tuple[Tensor, Tensor | None]:
+    """Scores, -inf where not allowed, and which rows see anything, as `scores_of` returns them. `added`: something that
+    may be -inf itself was added to them."""
+    if allowed is not None and not added:
+        hidden = ~allowed
+        blind = hidden.all(-1, keepdim=True)
+        if not _any(blind):
+            return scores.masked_fill(hidden, float("-inf")), None
+        return scores.masked_fill(hidden ^ blind, float("-inf")), ~blind  # a row that sees nothing stays as it is
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
-    if len_k == 0:
+    if scores.shape[3] == 0:
         return scores, torch.zeros((*scores.shape[:-1], 1), dtype=torch.bool, device=scores.device)
     blind = scores.detach().amax(-1, keepdim=True) == float("-inf")
     return (scores.masked_fill(blind, 0.0), ~blind) if _any(blind) else (scores, None)
@@ -340,7 +362,15 @@ def weights_backward(
     dout: Tensor | None, dweights: Tensor, inputs: Inputs, options: Options, average: bool, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The same of `attention_with_weights`, whose softmax is computed again."""
-    return _gradients(lambda leaves: attention_with_weights(leaves, options, average), (dout, dweights), inputs, needs)
+
+    def function(leaves: Inputs) -> tuple[Tensor, Tensor]:
+        query, key, value, attn_mask, *_ = leaves
+        return attention_with_weights(
+            query, key, value, attn_mask, inputs.seed, options.dropout_p, options.right == 0, options.softmax_scale,
+            average,
+        )  # fmt: skip
+
+    return _gradients(function, (dout, dweights), inputs, needs)
 
 
 def _gradients(
