@@ -264,7 +264,9 @@ class PaddingFreeStates(PaddingFree):
     layer_list = "layer"
     by_distance = False
 
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As the family's own encoder; hidden states at padded positions may come back as 0."""
         return super().forward(hidden_states, attention_mask, *args, **kwargs)
 

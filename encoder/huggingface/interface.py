@@ -83,7 +83,7 @@ def attention_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | No
     Raises:
         ValueError: the model's attention is not one that can be chosen, and would misread this mask.
     """
-    if config is not None and not torch.compiler.is_compiling() and not _can_choose_attention(type(config)):
+    if config is not None and not torch.compiler.is_compiling() and not _can_choose_attention(config.__class__):
         raise ValueError(
             f"attn_implementation={NAME!r}: {type(config).__name__} is of a model that computes attention in its own "
             'way; load it with "eager" (fusenc.fuse may know it)'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.models.mpnet import modeling_mpnet as mpnet
 
@@ -31,21 +32,25 @@ class _FusedLayer(PostNormLayer):
         *args: Any, packing: PaddedPacking | None = None, relative_bias: Tensor | None = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
         """As MPNet's own layer; `relative_bias` is the position bias by distance, for kernels that read that."""
+        norm: Any = self._modules["output"]._modules["LayerNorm"]  # type: ignore[union-attr]
         if packing is None and (
             asks_for_more(args, kwargs)
-            or not serves(hidden_states, attention_mask, self.output.LayerNorm.weight)
+            or not serves(hidden_states, attention_mask, norm.weight)
+            or (attention_mask is not None and attention_mask.dtype == torch.bool)  # which MPNet would add as a number
             or self.why_not_fused(self)
         ):
             return super(PostNormLayer, self).forward(hidden_states, attention_mask, position_bias, *args, **kwargs)
+        options: dict[str, Tensor | None]
         if packing is not None:
-            bias = {"attn_mask": position_bias[..., : packing.max_length, : packing.max_length]}
+            assert position_bias is not None
+            options = {"attn_mask": position_bias[..., : packing.max_length, : packing.max_length]}
         elif relative_bias is not None:
-            bias = {"attn_mask": attention_mask, "relative_bias": relative_bias}
+            options = {"attn_mask": attention_mask, "relative_bias": relative_bias}
         elif position_bias is None or attention_mask is None:
-            bias = {"attn_mask": position_bias if attention_mask is None else attention_mask}
+            options = {"attn_mask": position_bias if attention_mask is None else attention_mask}
         else:
-            bias = {"attn_mask": position_bias + attention_mask}
-        return (self._layer(hidden_states, packing, **bias),)
+            options = {"attn_mask": position_bias + attention_mask}
+        return (self._layer(hidden_states, packing, **options),)
 
 
 class _FusedEncoder(PaddingFreeStates):
@@ -54,14 +59,16 @@ class _FusedEncoder(PaddingFreeStates):
     by_distance = True
 
     def _plan(self, inputs: Tensor, attention_mask: Any) -> tuple[Any, dict[str, Any]] | None:
-        table = self.relative_attention_bias.weight
+        if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:
+            return None
+        table: Any = self._modules["relative_attention_bias"].weight  # type: ignore[union-attr]
         if would_use_triton(inputs) and table.shape[0] >= _BUCKETS:
             return attention_mask, {"relative_bias": kernels.t5_relative_bias(table[:_BUCKETS], max_distance=_REACH)}
         return super()._plan(inputs, attention_mask)
 
     def compute_position_bias(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The position bias, ``[1, H, L, L]``: that of one sequence, since all are alike."""
-        return super().compute_position_bias(x[:1], *args, **kwargs)
+        return super().compute_position_bias(x[:1], *args, **kwargs)  # type: ignore[misc]
 
 
 _LAYER = fused_class(_FusedLayer, mpnet.MPNetLayer, names=_NAMES, stock={

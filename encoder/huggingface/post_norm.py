@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import kernels
@@ -176,6 +177,7 @@ class PostNormEmbeddings(nn.Module):
             input_ids is None
             or given.get("inputs_embeds") is not None
             or given.get("past_key_values_length")
+            or torch._C._get_tracing_state()  # a traced graph is made of torch's own operators
             or (position_ids is None and input_ids.shape[-1] > position.num_embeddings)
             or self.why_not_fused(self)
         ):

@@ -10,6 +10,7 @@ from pathlib import Path
 import fusenc
 import pytest
 import torch
+from contract import assert_same, output_and_gradients
 from tolerances import EMBEDDINGS, SAME_ALGORITHM
 from torch import nn
 
@@ -313,3 +314,87 @@ foreign = type("Model", (torch.nn.Module,), {"__module__": "transformers.models.
 assert "not supported" in fusenc.fuse(foreign).left[""]
 """
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+EMBEDDINGS_OF = {"bert": {}, "electra": {"embedding_size": 24}, "albert": {"embedding_size": 24}, "distilbert": {}}
+IDS = torch.tensor([[5, 1, 7, 1], [8, 9, 1, 6]])  # 1 is the padding's, whose row has no gradient
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"token_type_ids": torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0]])},
+        {"token_type_ids": torch.tensor([[0, 1, 1, 0]])},
+        {"position_ids": torch.tensor([[3, 2, 1, 7]])},
+        {"position_ids": torch.tensor([[3, 2, 1, 7], [0, 0, 5, 6]])},
+        {"past_key_values_length": 2},
+        {"inputs_embeds": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", EMBEDDINGS_OF)
+def test_embeddings(family, given):
+    embeddings = small_model(family, **EMBEDDINGS_OF[family]).embeddings.eval()
+    if not set(given) <= {"position_ids", "inputs_embeds"} and (
+        family == "distilbert" or (family == "albert" and "past_key_values_length" in given)
+    ):
+        pytest.skip("not an argument of this family's")
+    inputs = {"input_ids": IDS, **given}
+    if "inputs_embeds" in given:
+        width = embeddings.word_embeddings.embedding_dim
+        inputs = {"input_ids": None, "inputs_embeds": torch.randn(2, 4, width)}
+    leaves = [p for name, p in embeddings.named_parameters() if inputs["input_ids"] is not None or "word" not in name]
+    expected = output_and_gradients(embeddings(**inputs), leaves)
+    assert list(fusenc.fuse(embeddings).fused) == [""]
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = fusenc.kernels.embed_norm
+        patch.setattr(fusenc.kernels, "embed_norm", lambda *a, **k: calls.append(a) or original(*a, **k))
+        got = output_and_gradients(embeddings(**inputs), leaves)
+    assert len(calls) == (not {"past_key_values_length", "inputs_embeds"} & set(given))
+    assert_same(got, expected, SAME_ALGORITHM)
+    if inputs["input_ids"] is not None:
+        assert (got[1][1] == 0).all() and (got[1][5] != 0).any(), "the padding's row of the word embeddings"
+
+
+def test_embeddings_with_positional_arguments():
+    for family, arguments in (("bert", (torch.ones_like(IDS), IDS)), ("distilbert", (None, IDS))):
+        embeddings = small_model(family).embeddings.eval()
+        expected = embeddings(IDS, *arguments)
+        fusenc.fuse(embeddings)
+        torch.testing.assert_close(embeddings(IDS, *arguments), expected, rtol=0, atol=SAME_ALGORITHM)
+
+
+def test_embeddings_raise_as_before():
+    embeddings = small_model("bert", max_position_embeddings=6).embeddings
+    for ids, error in ((torch.full((1, 3), 100), IndexError), (torch.ones(1, 7, dtype=torch.long), RuntimeError)):
+        with pytest.raises(error):
+            embeddings(ids)
+        fusenc.fuse(embeddings)
+        with pytest.raises(error):
+            embeddings(ids)
+        fusenc.unfuse(embeddings)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda e: setattr(e.word_embeddings, "max_norm", 1.0), "word_embeddings has options that are not fused"),
+        (lambda e: setattr(e.token_type_embeddings, "sparse", True), "token_type_embeddings has options that"),
+        (lambda e: setattr(e.position_embeddings, "padding_idx", 0), "position_embeddings has a row without gradient"),
+        (lambda e: setattr(e, "LayerNorm", nn.Identity()), "LayerNorm is a Identity, not a LayerNorm"),
+        (lambda e: e.word_embeddings.register_forward_hook(lambda *_: None), "word_embeddings has hooks"),
+    ],
+)
+def test_embeddings_that_are_left(change, reason):
+    embeddings = small_model("bert").embeddings
+    change(embeddings)
+    report = fusenc.fuse(embeddings)
+    assert not report.fused and report.left[""].startswith(reason)
+    embeddings = small_model("bert").embeddings
+    fusenc.fuse(embeddings)
+    change(embeddings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fusenc.kernels, "embed_norm", None)  # not called
+        embeddings(IDS)
