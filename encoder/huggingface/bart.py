@@ -65,7 +65,7 @@ class _FusedLayer(nn.Module):
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         parts: Any = self._modules
-        dropout_p = self.activation_dropout if self.training else 0.0
+        dropout_p: Any = self.activation_dropout if self.training else 0.0
         out = feed_forward(x, parts["fc1"], self.activation_fn, parts["fc2"], dropout_p=dropout_p)
         return self._add_norm(out, x, parts["final_layer_norm"])
 
@@ -87,7 +87,8 @@ class _FusedEncoderLayer(_FusedLayer):
         """As the family's own layer; with `packing` the result is packed, ``[T, width]``, and there is no mask."""
         x = hidden_states
         if packing is None:
-            if not serves(x, attention_mask, self.final_layer_norm.weight) or self.why_not_fused(self):
+            weight: Any = self._modules["final_layer_norm"].weight  # type: ignore[union-attr]
+            if not serves(x, attention_mask, weight) or self.why_not_fused(self):
                 return super().forward(hidden_states, attention_mask, **kwargs)
         elif x.dim() == 3:
             x = packing.pack(x)
@@ -110,7 +111,7 @@ class _FusedDecoderLayer(_FusedLayer):
         past_key_values: Any = None, *args: Any, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         """As the family's own layer."""
-        weight = self.final_layer_norm.weight
+        weight: Any = self._modules["final_layer_norm"].weight  # type: ignore[union-attr]
         if (
             past_key_values is not None
             or not serves(hidden_states, attention_mask, weight)

@@ -25,7 +25,7 @@ class _FusedEncoder(PaddingFreeStates):
     layer_list = "layers"
     fused_layer = _LAYER
 
-    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self, inputs_embeds: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """As CLIP's own encoder; hidden states at padded positions may come back as 0."""
         return super().forward(inputs_embeds, attention_mask, **kwargs)
 

@@ -39,7 +39,7 @@ def collected() -> Any:
     return output_capturing._active_collector.get() or {}
 
 
-def fused_class(mixin: type, plain: type, **attributes: Any) -> type:
+def fused_class(mixin: type, plain: Any, **attributes: Any) -> type:
     """A subclass of `plain` whose forward is that of `mixin`, found by pickle in the mixin's module.
 
     It keeps the plain name, which goes into configurations that are saved and by which others know layers.
@@ -166,20 +166,19 @@ def may_pack(t: Tensor) -> bool:
     return t.is_cpu and not torch.compiler.is_compiling()
 
 
-def all_fused(layers: Iterable[Any], kind: type) -> bool:
+def all_fused(layers: Iterable[Any], kind: Any) -> bool:
     """True if each of the layers runs fused: a hook would find packed tokens, an unfused layer could not read them."""
     return all(
-        isinstance(layer, kind) and not has_hooks(layer, CAPTURE) and not layer.why_not_fused(layer)  # type: ignore[attr-defined]
-        for layer in layers
+        isinstance(layer, kind) and not has_hooks(layer, CAPTURE) and not layer.why_not_fused(layer) for layer in layers
     )
 
 
-def why_a_layer_is_not_fused(layers: Iterable[Any], kind: type) -> str:
+def why_a_layer_is_not_fused(layers: Iterable[Any], kind: Any) -> str:
     """Why one of an encoder's layers, fused or not yet, cannot run fused, or ""."""
     for layer in layers:
         if not issubclass(kind, type(layer)) and not isinstance(layer, kind):
             return f"{type(layer).__name__} is not a layer that is fused"
-        if reason := kind.why_not_fused(layer):  # type: ignore[attr-defined]
+        if reason := kind.why_not_fused(layer):
             return str(reason)
     return ""
 

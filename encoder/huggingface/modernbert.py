@@ -32,7 +32,7 @@ class _Packing(PaddedPacking):
         self._tables: dict[str, tuple[Tensor, Tensor]] = {}
         self._bands: dict[int, Tensor] = {}
 
-    def tables(self, kind: str, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def tables(self, kind: Any, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The rows of cosine and sine tables that the packed tokens take, ``[T, D / 2]``."""
         if kind not in self._tables:
             halves = (t[..., : t.shape[-1] // 2].expand(self.shape[0], -1, -1) for t in position_embeddings)
@@ -104,12 +104,17 @@ class _FusedLayer(nn.Module):
         if packing is not None:
             query, key = kernels.rotary(query, key, *packing.tables(self.attention_type, position_embeddings))
             band = None if reach is None else packing.band(reach)
-            attended = packing.attend(query, key, value, attn_mask=band, dropout_p=dropout_p)
+            attended = packing.attend(query, key, value, attn_mask=band, dropout_p=dropout_p)  # type: ignore[arg-type]
         else:
             query, key = kernels.rotary(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
             window = (reach, reach) if windowed and reach is not None else None
             attended = kernels.attention(
-                query, key, value.transpose(1, 2), attention_mask, dropout_p, window=window
+                query,
+                key,
+                value.transpose(1, 2),
+                attention_mask,
+                dropout_p,
+                window=window,  # type: ignore[arg-type]
             ).transpose(1, 2)
         out_drop = attn.out_drop
         normed, x = kernels.add_norm(

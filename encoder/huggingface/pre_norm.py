@@ -53,11 +53,10 @@ class PreNormLayer(nn.Module):
         packing: PaddedPacking | None = None, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         """As the family's own layer; with `packing` the result is packed, ``[T, width]``, and there is no mask."""
-        names, parts = self.names, self._modules
+        names = self.names
+        parts: Any = self._modules
         norm1, norm2 = (parts[names[name]] for name in ("norm1", "norm2"))
-        if packing is None and (
-            not serves(hidden_states, attention_mask, norm1.weight) or self.why_not_fused(self)  # type: ignore[union-attr,arg-type]
-        ):
+        if packing is None and (not serves(hidden_states, attention_mask, norm1.weight) or self.why_not_fused(self)):
             return super().forward(hidden_states, attention_mask, **kwargs)
         x = hidden_states if packing is None or hidden_states.dim() == 2 else packing.pack(hidden_states)
         module: Any = parts[names["attention"]]
@@ -78,7 +77,7 @@ class PreNormLayer(nn.Module):
         out = module._modules[names["out"]](attended)
         normed, x = kernels.add_norm(
             out, x, norm2.weight, norm2.bias, eps=norm2.eps, dropout_p=dropout_p, return_sum=True
-        )  # type: ignore[union-attr]
+        )
         return feed_forward(normed, mlp.fc1, mlp.activation_fn, mlp.fc2, out_dropout_p=dropout_p, residual=x)
 
 
