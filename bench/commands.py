@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import fusenc
 import typer
+from typer.core import TyperCommand
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fused Transformer encoders: see them work.")
 
@@ -27,6 +28,17 @@ def root(
 def _fail(message: str) -> typer.Exit:
     typer.echo(f"fusenc: {message}", err=True)
     return typer.Exit(2)
+
+
+class _UpToScript(TyperCommand):
+    """Leaves what follows a Python script to the script, options too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        valued = {name for p in self.params if not getattr(p, "is_flag", True) for name in p.opts}
+        for i, argument in enumerate(args):
+            if argument.endswith(".py") and not argument.startswith("-") and (i == 0 or args[i - 1] not in valued):
+                return super().parse_args(ctx, [*args[: i + 1], "--", *args[i + 1 :]])
+        return super().parse_args(ctx, args)
 
 
 @app.command()
@@ -178,6 +190,62 @@ def tune(
     except (TuneError, OSError, Timeout) as error:  # OSError: a file that cannot be written
         raise _fail(str(error)) from None
     raise typer.Exit(status)
+
+
+@app.command(cls=_UpToScript)
+def profile(
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL|SCRIPT]", help="A Hugging Face encoder's folder, or a Python script."),
+    ] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(help="The script's own.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file, one sentence a line.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, comma-separated.  [default: 8,32]")] = None,
+    length: Annotated[str | None, typer.Option(help="Lengths of dense batches.  [default: 32,128]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.  [default: float32]")] = None,
+    train: Annotated[bool, typer.Option("--train", help="Forward and backward instead of inference.")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Times taken of each side.  [default: 7]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on the CPU.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="Of a script that are recorded.  [default: 10]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder that files are written to.")] = Path("fusenc-profile"),
+) -> None:
+    """Measure a model's throughput and where its time goes, or a script's, and say what would help."""
+    from .profiling import model, script
+    from .profiling.workload import ProfileError
+
+    is_script = target is not None and target.endswith(".py")
+    of_model = {"--text": text, "--batch": batch, "--length": length, "--dtype": dtype, "--rounds": rounds,
+                "--train": train or None}  # fmt: skip
+    misplaced = [
+        name for name, value in (of_model if is_script else {"--seconds": seconds}).items() if value is not None
+    ]
+    if misplaced:
+        raise _fail(f"{misplaced[0]}: is for a {'model' if is_script else 'script'}")
+    try:
+        if is_script:
+            status = script.run(Path(str(target)), arguments or [], threads, seconds or 10.0, out)
+        elif arguments:
+            raise ProfileError(f"unexpected argument {arguments[0]!r} after the model")
+        else:
+            status = model.run(
+                None if target is None else Path(target), text, _numbers("--batch", batch or "8,32"),
+                _numbers("--length", length or "32,128"), dtype or "float32", train, threads, rounds or 7, out,
+            )  # fmt: skip
+    except (ProfileError, OSError) as error:  # OSError: a file that cannot be written
+        raise _fail(str(error)) from None
+    raise typer.Exit(status)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        numbers = [int(n) for n in text.split(",")]
+    except ValueError:
+        raise _fail(f"{option}: expected numbers, comma-separated, got {text!r}") from None
+    if min(numbers) < 1:
+        raise _fail(f"{option}: expected at least 1, got {min(numbers)}")
+    return numbers
 
 
 @app.command()

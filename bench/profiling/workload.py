@@ -135,10 +135,12 @@ def dense_case(tokenizer: Any, sentences: Sequence[str], batch: int, length: int
     """One batch without padding: the text's tokens, one sentence after the other, cut into pieces of a length."""
     needed = batch * length
     ids: list[int] = []
-    for sentence in itertools.cycle(sentences):
+    for i, sentence in enumerate(itertools.cycle(sentences)):
         ids += tokenizer(sentence)["input_ids"]
         if len(ids) >= needed:
             break
+        if i == len(sentences) and not ids:
+            raise ProfileError("--text: the tokenizer finds no tokens in it")
     tokens = torch.tensor(ids[:needed], device=device).view(batch, length)
     return Case("dense", batch, length, [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}])
 
