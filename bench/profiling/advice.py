@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 WORTH = 1.05
 """Times as fast from which on a change is worth making: less is hard to tell from a machine's noise."""
 
+UNCHANGED = ("matrix products", "optimiser", "data loading")
+"""Whose time fusing does not change."""
+
 HOST_SHARE = 0.2
 """Of a step outside operators from which on it is mentioned."""
 
@@ -75,14 +78,16 @@ _KINDS = {"ragged": "this text in batches as it comes", "dense": "batches withou
 
 def on_limits(breakdown: Breakdown, of: str = "an unfused step") -> list[Advice]:
     """What bounds any gain from fusion where nothing is padded (Amdahl's law)."""
-    share = breakdown.share("matrix products")
-    if not share:
+    shares = {category: breakdown.share(category) for category in UNCHANGED if breakdown.share(category)}
+    if not shares:
         return []
+    bound = 1 / sum(shares.values())
+    parts = ", ".join(f"{category} {share:.0%}" for category, share in shares.items())
     text = (
-        f"matrix products, which fusing leaves as they are, take {share:.0%} of {of}: without padding to leave out, "
-        f"fusing cannot give more than {1 / share:.2f} times"
+        f"fusing leaves some of {of} as it is ({parts}): without padding to leave out it cannot give more than "
+        f"{bound:.2f} times"
     )
-    return [Advice("limit", False, text, {"share": share, "bound": 1 / share})]
+    return [Advice("limit", False, text, {**shares, "bound": bound})]
 
 
 def on_host(breakdown: Breakdown, of: str = "an unfused step") -> list[Advice]:

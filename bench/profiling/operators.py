@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 STEPS = 3
@@ -24,8 +24,9 @@ BACKWARD_SCOPE = 1
 ELEMENTWISE = (
     "abs add addcdiv addcmul all amax amin any arange argmax bitwise_and bitwise_not bitwise_or clamp clamp_min cos "
     "cumsum div eq exp fill full ge gt isinf isnan isneginf le lerp log log_softmax log_softmax_backward_data "
-    "logical_and logical_not logical_or lt masked_fill max maximum mean min minimum mul ne neg nll_loss nll_loss_forward "
-    "nll_loss_backward norm ones pow reciprocal rsqrt rsub sin sqrt square std sub sum tril triu var where zero zeros"
+    "logical_and logical_not logical_or lt masked_fill max maximum mean min minimum mul ne neg nll_loss "
+    "nll_loss_backward nll_loss_forward norm ones pow reciprocal rsqrt rsub sin sqrt square std sub sum tril triu var "
+    "where zero zeros"
 )
 
 _SOME_NAMES = {
@@ -44,7 +45,9 @@ _SOME_NAMES = {
         r"copy|clone|contiguous|index|gather|scatter|\bcat\b|catarray|\bpad\b|constant_pad|split|nonzero|sort|unique|"
         r"repeat|roll|memcpy|^to$|nested|jagged"
     ),
-    "elementwise and sums": rf"^_*(foreach_)?({'|'.join(ELEMENTWISE.split())})_*$|elementwise|reduce_kernel|memset|column_sums",
+    "elementwise and sums": (
+        rf"^_*(foreach_)?({'|'.join(ELEMENTWISE.split())})_*$|elementwise|reduce_kernel|memset|column_sums"
+    ),
 }  # fmt: skip
 _RULES = {category: re.compile(pattern) for category, pattern in _SOME_NAMES.items()}
 

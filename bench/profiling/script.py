@@ -149,10 +149,10 @@ def outlooks(variables: dict[str, Any], recorder: Recorder) -> list[Outlook]:
         if id(model) not in parts and id(model) not in found:
             found[id(model)] = outlook(name, model)
     if recorder.called is not None:
-        called, seen = recorder.called
-        model = called()
-        if model is None or (id(model) not in parts and id(model) not in found):
-            found[id(called)] = seen
+        reference, seen = recorder.called
+        called = reference()
+        if called is None or (id(called) not in parts and id(called) not in found):
+            found[id(reference)] = seen
     return list(found.values())
 
 
@@ -219,7 +219,7 @@ def run(
     if breakdown.operators:
         report.print_operators(console, {script.name: breakdown}, "Where the time goes")
         report.plot_operators({script.name: breakdown}, out / "operators.svg")
-        recorder.write_trace(out / "trace.json")
+        recorder.write_trace(out / "trace.json.gz")
     else:
         console.print("No operator of torch ran")
     report.print_advice(console, advice)
@@ -241,7 +241,7 @@ def _execute(script: Path, arguments: Sequence[str], recorder: Recorder) -> tupl
     status = 0
     with _as_main(program, script, arguments):
         try:
-            code = compile(script.read_bytes(), str(script), "exec")
+            code = compile(script.read_bytes(), str(script), "exec", dont_inherit=True)
             recorder.start()
             exec(code, program.__dict__)
         except SystemExit as leave:

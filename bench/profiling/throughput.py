@@ -15,8 +15,8 @@ from .workload import Case
 
 HIDDEN_DIFFERENCE = 32.0
 GRADIENT_DIFFERENCE = 128.0
-"""Of hidden states and of gradients, fused from unfused, in units of eps times the largest value: many layers of sums in
-another order, and gradients that add up all tokens. A lost mask or a wrong index differs by the values themselves."""
+"""Of hidden states and of gradients, fused from unfused, in units of eps times the largest value: many layers of sums
+in another order, and gradients that add up all tokens. A lost mask or a wrong index differs by the values."""
 
 LEAST_GRADIENT = 1e-2
 """Of the largest gradient of any parameter: what smaller gradients are compared with, since some are 0 but for rounding
