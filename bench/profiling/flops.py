@@ -86,7 +86,7 @@ def peak(device: timing.Device, dtype: torch.dtype) -> Peak | None:
         return None
     if dtype != torch.float32:
         teraflops, units = chip.tensor_tflops, "tensor cores"
-    elif torch.backends.cuda.matmul.fp32_precision == "tf32" and launch.has_tf32(0):
+    elif launch.input_precision(torch.empty(0)) == "tf32":
         teraflops, units = chip.tensor_tflops / 2, "tensor cores, TF32"
     else:
         teraflops, units = chip.fp32_tflops, "float32 outside tensor cores"

@@ -18,9 +18,6 @@ from torch.profiler import ProfilerActivity, profile
 STEPS = 3
 """Steps profiled of each side; the quickest, which other programs disturbed least, counts."""
 
-BACKWARD_SCOPE = 1
-"""torch's number for events of the autograd engine."""
-
 ELEMENTWISE = (
     "abs add addcdiv addcmul all amax amin any arange argmax bitwise_and bitwise_not bitwise_or clamp clamp_min cos "
     "cumsum div eq exp fill full ge gt isinf isnan isneginf le lerp log log_softmax log_softmax_backward_data "
@@ -139,9 +136,10 @@ def _of_kernels(events: list[Any]) -> list[str | None]:
 def _of_cpu_events(events: list[Any]) -> list[str | None]:
     """The category of each event, None for a mark that a program sets itself."""
     # An operator carries the number of the next node that autograd will make: the last one with a number made the node.
+    # Events of the backward pass carry their node's number, and the thread of the forward pass.
     makers: dict[tuple[int, int], Any] = {}
     for event in sorted(events, key=lambda e: e.time_range.start):
-        if event.scope != BACKWARD_SCOPE and event.sequence_nr >= 0:
+        if not event.fwd_thread and event.sequence_nr >= 0:
             makers[event.thread, event.sequence_nr] = event
     known: dict[int, str] = {}
 
@@ -149,7 +147,7 @@ def _of_cpu_events(events: list[Any]) -> list[str | None]:
         """By the outermost event that has one."""
         if id(event) not in known:
             found = OTHER if event.cpu_parent is None else category(event.cpu_parent)
-            if found == OTHER and event.scope == BACKWARD_SCOPE:
+            if found == OTHER and event.fwd_thread:
                 maker = makers.get((event.fwd_thread, event.sequence_nr))
                 found = OTHER if maker is None else category(maker)
             known[id(event)] = category_of(event.name) if found == OTHER else found

@@ -21,7 +21,6 @@ import fusenc
 import torch
 from rich.console import Console
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.profiler import record_function
 
 from .. import environment
@@ -68,10 +67,18 @@ class Recorder:
         """Seconds recorded after that."""
         self._running = False
         self._profiler = quiet_profiler(torch.cuda.is_available())
+        plain_call = self._plain_call = nn.Module.__call__
+
+        # Instead of a hook on all modules, while which is set `fuse` leaves layers alone and layers run other code.
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self._see(module)
+            return plain_call(module, *args, **kwargs)
+
+        self._call = call
 
     def start(self) -> None:
         """Begin to record."""
-        self._hook = register_module_forward_pre_hook(self._on_call)
+        nn.Module.__call__ = self._call  # type: ignore[method-assign]
         self._profiler.start()
         self._running = True
         self._start = time.perf_counter()
@@ -81,16 +88,17 @@ class Recorder:
         if not self._running:
             return
         self._running = False
-        self._hook.remove()
+        nn.Module.__call__ = self._plain_call  # type: ignore[method-assign]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self._start
         self._profiler.stop()
 
-    def _on_call(self, module: nn.Module, _: Any) -> None:
+    def _see(self, module: nn.Module) -> None:
+        """Take note of a call, if it is the first of a module with parts; others are hardly the model."""
         if not any(True for _ in module.children()):
-            return  # a layer of its own, such as an embedding: hardly the model
-        self._hook.remove()  # at once: layers run other code while such a hook is set
+            return
+        nn.Module.__call__ = self._plain_call  # type: ignore[method-assign]
         self.called = (weakref.ref(module), outlook(type(module).__name__, module))
         now = time.perf_counter()
         self.before, self._start = now - self._start, now
@@ -241,9 +249,8 @@ def _execute(script: Path, arguments: Sequence[str], recorder: Recorder) -> tupl
     status = 0
     with _as_main(program, script, arguments):
         try:
-            code = compile(script.read_bytes(), str(script), "exec", dont_inherit=True)
             recorder.start()
-            exec(code, program.__dict__)
+            exec(compile(script.read_bytes(), str(script), "exec", dont_inherit=True), program.__dict__)
         except SystemExit as leave:
             if isinstance(leave.code, str):
                 print(leave.code, file=sys.stderr)

@@ -79,6 +79,8 @@ def load_model(folder: Path | None) -> tuple[nn.Module, Any]:
         model, tokenizer = load(folder)
     except DemoError as error:
         raise ProfileError(str(error).replace("--model", "MODEL", 1).replace("the demo", "profile", 1)) from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up for a folder without its files
+        raise ProfileError(f"MODEL: {folder} holds no tokenizer")
     if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
     encode = _of_length(model, 4)
