@@ -225,7 +225,7 @@ def profile(
         raise _fail(f"{misplaced[0]}: is for a {'model' if is_script else 'script'}")
     try:
         if is_script:
-            status = script.run(Path(str(target)), arguments or [], threads, seconds or 10.0, out)
+            status = script.run(Path(str(target)), arguments or [], threads, seconds or 5.0, out)
         elif arguments:
             raise ProfileError(f"unexpected argument {arguments[0]!r} after the model")
         else:

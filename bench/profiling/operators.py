@@ -6,10 +6,9 @@ import functools
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch._C._autograd import DeviceType
@@ -98,7 +97,44 @@ def category_of(name: str) -> str:
     return next((category for category, rule in _RULES.items() if rule.search(name)), OTHER)
 
 
-def break_down(events: Iterable[Any], seconds: float, on_gpu: bool, since_us: float = 0.0) -> Breakdown:
+@dataclass(slots=True)
+class Event:
+    """What torch.profiler recorded of one call; times in nanoseconds."""
+
+    name: str
+    start: int
+    end: int
+    thread: int = 1
+    forward_thread: int = 0
+    """Of a backward pass: where its forward pass ran."""
+    sequence: int = -1
+    """The number of the next node that autograd makes; of a backward pass that of its node."""
+    on_device: bool = False
+    mark: bool = False
+    """Set by a program, not by an operator."""
+    own: int = 0
+    """Without the events inside it."""
+    category: str = OTHER
+
+
+def events_of(recorded: profile) -> list[Event]:
+    """All events, in order of time.
+
+    torch's own list of events holds some kilobytes for each of them; a script may have a million.
+    """
+    results = getattr(recorded.profiler, "kineto_results", None)
+    events = [
+        Event(
+            e.name(), e.start_ns(), e.end_ns(), e.start_thread_id(), e.fwd_thread_id(), e.sequence_nr(),
+            e.device_type() != DeviceType.CPU, e.is_user_annotation(),
+        )
+        for e in (results.events() if results is not None else ())
+        if not e.is_async() and e.start_thread_id() == e.end_thread_id()
+    ]  # fmt: skip
+    return sorted(events, key=lambda e: (e.start, -e.end))
+
+
+def break_down(events: Sequence[Event], seconds: float, on_gpu: bool, since: int = 0) -> Breakdown:
     """Add up the events' own time by category and by name.
 
     On a GPU the events are its kernels, and their names decide. On a CPU they are operators within operators: the
@@ -106,20 +142,27 @@ def break_down(events: Iterable[Any], seconds: float, on_gpu: bool, since_us: fl
     the operator of the forward pass that it belongs to, where that was recorded.
 
     Args:
-        events: of torch.profiler.
+        events: in order of time, the outer of two that begin together first.
         seconds: that passed meanwhile.
         on_gpu: count the device's time, not the host's.
-        since_us: events that begin before this time do not count.
+        since: events that begin before this time do not count.
     """
-    kept = [e for e in events if (e.device_type != DeviceType.CPU) == on_gpu and e.time_range.start >= since_us]
-    categories = _of_kernels(kept) if on_gpu else _of_cpu_events(kept)
+    chosen = [event for event in events if event.on_device == on_gpu]
+    if on_gpu:
+        for event in chosen:
+            event.own, event.category = event.end - event.start, category_of(event.name)
+    else:
+        _nest(chosen)
     operators: dict[tuple[str, str], Operator] = {}
-    for event, category in zip(kept, categories, strict=True):
-        if category is None:
+    for event in chosen:
+        # A mark's own time is Python's, unless it marks what has no operator of its own; on a GPU it is its kernels'.
+        if event.start < since or (event.mark and (on_gpu or category_of(event.name) == OTHER)):
             continue
-        entry = operators.setdefault((event.name, category), Operator(event.name, category, 0, 0.0))
+        entry = operators.setdefault(
+            (event.name, event.category), Operator(event.name, event.category, 0, 0.0)
+        )  # fmt: skip
         entry.calls += 1
-        entry.seconds += 1e-6 * (event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+        entry.seconds += 1e-9 * event.own
     by_category = dict.fromkeys(CATEGORIES, 0.0)
     for entry in operators.values():
         by_category[entry.category] += entry.seconds
@@ -129,37 +172,27 @@ def break_down(events: Iterable[Any], seconds: float, on_gpu: bool, since_us: fl
     return Breakdown(max(seconds, inside), found, sorted(operators.values(), key=lambda entry: -entry.seconds))
 
 
-def _of_kernels(events: list[Any]) -> list[str | None]:
-    return [None if event.is_user_annotation else category_of(event.name) for event in events]
-
-
-def _of_cpu_events(events: list[Any]) -> list[str | None]:
-    """The category of each event, None for a mark that a program sets itself."""
-    # An operator carries the number of the next node that autograd will make: the last one with a number made the node.
-    # Events of the backward pass carry their node's number, and the thread of the forward pass.
-    makers: dict[tuple[int, int], Any] = {}
-    for event in sorted(events, key=lambda e: e.time_range.start):
-        if not event.fwd_thread and event.sequence_nr >= 0:
-            makers[event.thread, event.sequence_nr] = event
-    known: dict[int, str] = {}
-
-    def category(event: Any) -> str:
-        """By the outermost event that has one."""
-        if id(event) not in known:
-            found = OTHER if event.cpu_parent is None else category(event.cpu_parent)
-            if found == OTHER and event.fwd_thread:
-                maker = makers.get((event.fwd_thread, event.sequence_nr))
-                found = OTHER if maker is None else category(maker)
-            known[id(event)] = category_of(event.name) if found == OTHER else found
-        return known[id(event)]
-
-    found: list[str | None] = []
+def _nest(events: Sequence[Event]) -> None:
+    """Set the own time and the category of events on the host."""
+    makers: dict[tuple[int, int], Event] = {}
+    open_events: dict[int, list[Event]] = {}
     for event in events:
-        of = category(event)
-        # A mark's own time is Python's, unless it marks what has no operator of its own.
-        mine = event.is_user_annotation and category_of(event.name) == OTHER
-        found.append(None if mine or event.is_async else of)
-    return found
+        outer = open_events.setdefault(event.thread, [])
+        while outer and event.end > outer[-1].end:
+            outer.pop()
+        event.own = event.end - event.start
+        event.category = OTHER
+        if outer:
+            outer[-1].own -= event.own
+            event.category = outer[-1].category
+        outer.append(event)
+        if event.category == OTHER and event.forward_thread:
+            maker = makers.get((event.forward_thread, event.sequence))
+            event.category = OTHER if maker is None else maker.category
+        if event.category == OTHER:
+            event.category = category_of(event.name)
+        if event.sequence >= 0 and not event.forward_thread:
+            makers[event.thread, event.sequence] = event  # the last one with a number is the one that makes the node
 
 
 def quiet_profiler(on_gpu: bool) -> profile:
@@ -196,7 +229,7 @@ def profile_sides(
     found = {}
     for side, recordings in taken.items():
         seconds, recorded = min(recordings, key=lambda entry: entry[0])
-        found[side] = break_down(recorded.events() or (), seconds, on_gpu)
+        found[side] = break_down(events_of(recorded), seconds, on_gpu)
         if side in traces:
             recorded.export_chrome_trace(str(traces[side]))
     return found

@@ -26,7 +26,7 @@ from torch.profiler import record_function
 from .. import environment
 from . import report
 from .advice import Advice, on_host, on_limits
-from .operators import Breakdown, break_down, quiet_profiler
+from .operators import Breakdown, break_down, events_of, quiet_profiler
 from .workload import ProfileError
 
 MARK = "fusenc: first call of a model"
@@ -127,9 +127,9 @@ class Recorder:
 
     def breakdown(self) -> Breakdown:
         """The time from the first call of a model on; of all that was recorded if there was none."""
-        events = self._profiler.events() or []
-        marks = [e.time_range.start for e in events if e.name == MARK]
-        return break_down(events, self.seconds, torch.cuda.is_available(), min(marks, default=0.0))
+        events = events_of(self._profiler)
+        since = next((event.start for event in events if event.name == MARK), 0)
+        return break_down(events, self.seconds, torch.cuda.is_available(), since)
 
     def write_trace(self, file: Path) -> None:
         """For Perfetto."""

@@ -17,7 +17,6 @@ from fusenc.bench.profiling import advice, flops, model, operators, script, thro
 from fusenc.bench.profiling.throughput import Measured
 from fusenc.kernels.common import launch
 from torch import nn
-from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
 WIDTH, HEADS, HIDDEN, LAYERS, LONGEST = 32, 2, 64, 2, 40
@@ -470,57 +469,74 @@ def test_categories(name, category):
     assert operators.category_of(name) == category
 
 
-def event(name, own, parent=None, *, start=0.0, backward=False, sequence=-1, mark=False, gpu=False):
-    """As torch.profiler gives it; times in microseconds."""
-    return SimpleNamespace(
-        name=name, self_cpu_time_total=0.0 if gpu else own, self_device_time_total=own if gpu else 0.0,
-        device_type=DeviceType.CUDA if gpu else DeviceType.CPU, time_range=SimpleNamespace(start=start),
-        cpu_parent=parent, sequence_nr=sequence, thread=1, fwd_thread=int(backward), is_user_annotation=mark,
-        is_async=False,
-    )  # fmt: skip
+def event(name, start, end, **options):
+    """Times in microseconds."""
+    return operators.Event(name, 1000 * start, 1000 * end, **options)
 
 
 def test_each_event_counts_once_where_its_outermost_known_operator_belongs():
-    dropout = event("aten::dropout", 1.0)
-    linear = event("aten::linear", 2.0)
-    view = event("aten::view", 3.0, linear)
-    mul = event("aten::mul", 4.0, dropout)
-    mark = event("my step", 100.0, mark=True)
-    add = event("aten::add", 5.0, mark)
-    found = operators.break_down([dropout, linear, view, mul, mark, add], 20e-6, False)
-    assert found.categories == pytest.approx(
-        {"dropout": 5e-6, "matrix products": 5e-6, "elementwise and sums": 5e-6, operators.OUTSIDE: 5e-6}
-    )
-    assert found.seconds == 20e-6 and found.share("dropout") == pytest.approx(0.25)
-    assert [o.name for o in found.operators[:2]] == ["aten::add", "aten::mul"]
-    assert next(o for o in found.operators if o.name == "aten::view").category == "matrix products"
+    events = [
+        event("aten::dropout", 0, 5),
+        event("aten::mul", 1, 5),
+        event("aten::linear", 5, 10),
+        event("aten::view", 6, 9),
+        event("my step", 10, 110, mark=True),
+        event("aten::add", 20, 25),
+        event("aten::add", 12, 20, thread=2),  # beside the step, not inside it
+    ]
+    found = operators.break_down(events, 30e-6, False)
+    expected = {"dropout": 5e-6, "matrix products": 5e-6, "elementwise and sums": 13e-6, operators.OUTSIDE: 7e-6}
+    assert found.categories == pytest.approx(expected)
+    assert found.seconds == 30e-6 and found.share("dropout") == pytest.approx(1 / 6)
+    of = {(o.name, o.category): (o.calls, pytest.approx(o.seconds)) for o in found.operators}
+    assert of == {
+        ("aten::dropout", "dropout"): (1, 1e-6), ("aten::mul", "dropout"): (1, 4e-6),
+        ("aten::linear", "matrix products"): (1, 2e-6), ("aten::view", "matrix products"): (1, 3e-6),
+        ("aten::add", "elementwise and sums"): (2, 13e-6),
+    }  # fmt: skip
+    assert found.operators[0].name == "aten::add", "most time first"
 
 
 def test_a_backward_event_belongs_to_its_forward_operator():
-    dropout = event("aten::dropout", 1.0, start=1, sequence=7)
-    mul = event("aten::mul", 1.0, dropout, start=2, sequence=7)
-    other = event("aten::mul", 1.0, start=3, sequence=8)
-    node = event("autograd::engine::evaluate_function: MulBackward0", 2.0, start=4, backward=True, sequence=7)
-    inner = event("aten::mul", 3.0, node, start=5)
-    second = event("autograd::engine::evaluate_function: MulBackward0", 4.0, start=6, backward=True, sequence=8)
-    lonely = event("GeluBackward0", 5.0, start=7, backward=True, sequence=99)
-    found = operators.break_down([dropout, mul, other, node, inner, second, lonely], 17e-6, False)
+    node = "autograd::engine::evaluate_function: MulBackward0"
+    events = [
+        event("aten::dropout", 0, 2, sequence=7),
+        event("aten::mul", 1, 2, sequence=7),
+        event("aten::mul", 2, 3, sequence=8),
+        event(node, 4, 9, sequence=7, forward_thread=1, thread=2),
+        event("aten::mul", 5, 8, thread=2),
+        event(node, 9, 13, sequence=8, forward_thread=1, thread=2),
+        event("GeluBackward0", 13, 18, sequence=99, forward_thread=1, thread=2),  # its forward pass was not recorded
+    ]
+    found = operators.break_down(events, 0.0, False)
+    expected = {"dropout": 7e-6, "elementwise and sums": 5e-6, "activation": 5e-6}
+    assert found.categories == pytest.approx(expected)
+
+
+def test_what_begins_too_early_does_not_count():
+    events = [event("aten::linear", 0, 9), event("aten::mm", 4, 9), event("aten::add", 9, 10)]
+    found = operators.break_down(events, 10e-6, False, since=4000)
     assert found.categories == pytest.approx(
-        {"dropout": 7e-6, "elementwise and sums": 5e-6, "activation": 5e-6}
-    )  # fmt: skip
+        {"matrix products": 5e-6, "elementwise and sums": 1e-6, operators.OUTSIDE: 4e-6}
+    )
 
 
 def test_on_a_gpu_kernels_count_and_the_host_does_not():
-    launch = event("aten::addmm", 50.0)
-    kernels = [event("linear_act_kernel", 6.0, gpu=True), event("add_norm_forward_kernel", 2.0, gpu=True)]
-    mark = event("my step", 30.0, gpu=True, mark=True)
-    found = operators.break_down([launch, *kernels, mark], 10e-6, True)
+    events = [
+        event("aten::addmm", 0, 50),
+        event("linear_act_kernel", 2, 8, on_device=True),
+        event("my step", 2, 40, on_device=True, mark=True),
+        event("Optimizer.step#SGD.step", 2, 40, on_device=True, mark=True),
+        event("add_norm_forward_kernel", 8, 10, on_device=True),
+    ]
+    found = operators.break_down(events, 10e-6, True)
     assert found.categories == pytest.approx({"matrix products": 6e-6, "normalisation": 2e-6, operators.OUTSIDE: 2e-6})
 
 
 def test_more_work_than_time_still_adds_up():
     """Of several threads or streams."""
-    found = operators.break_down([event("aten::add", 30.0), event("aten::mm", 10.0)], 20e-6, False)
+    events = [event("aten::add", 0, 30), event("aten::mm", 0, 10, thread=2)]
+    found = operators.break_down(events, 20e-6, False)
     assert found.seconds == pytest.approx(40e-6) == sum(found.categories.values())
     assert operators.OUTSIDE not in found.categories
 
