@@ -200,15 +200,13 @@ def profile(
     ] = None,
     arguments: Annotated[list[str] | None, typer.Argument(help="The script's own.")] = None,
     text: Annotated[Path | None, typer.Option(help="A text file, one sentence a line.")] = None,
-    batch: Annotated[str | None, typer.Option(help="Batch sizes, comma-separated.  [default: 8,32]")] = None,
-    length: Annotated[str | None, typer.Option(help="Lengths of dense batches.  [default: 32,128]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.  [default: float32]")] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, comma-separated; 8,32 if not given.")] = None,
+    length: Annotated[str | None, typer.Option(help="Lengths of dense batches; 32,128 if not given.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 (if not given), bfloat16 or float16.")] = None,
     train: Annotated[bool, typer.Option("--train", help="Forward and backward instead of inference.")] = False,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Times taken of each side.  [default: 7]")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Times taken of each side; 7 if not given.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on the CPU.")] = None,
-    seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="Of a script that are recorded.  [default: 10]")
-    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.1, help="Recorded of a script; 5 if not given.")] = None,
     out: Annotated[Path, typer.Option(help="The folder that files are written to.")] = Path("fusenc-profile"),
 ) -> None:
     """Measure a model's throughput and where its time goes, or a script's, and say what would help."""

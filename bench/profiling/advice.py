@@ -19,6 +19,10 @@ WORTH = 1.05
 UNCHANGED = ("matrix products", "optimiser", "data loading")
 """Whose time fusing does not change."""
 
+LEAST_ROUNDS = 3
+SPREAD = 0.1
+"""Between the quartiles of a case's rounds, from which on the machine is called noisy."""
+
 HOST_SHARE = 0.2
 """Of a step outside operators from which on it is mentioned."""
 
@@ -47,10 +51,35 @@ def advise(result: Result) -> list[Advice]:
         found.append(on_batches(dense, "fused" if result.fused else "unfused"))
     if result.autocast is not None:
         found.append(on_dtype(result.autocast, result.dtype))
+    found += on_noise([*dense, *ragged])
     if found and not any(advice.do for advice in found):
         gain = 100 * (WORTH - 1)
         found.append(Advice("all in all", False, f"nothing here is worth a change (none gives {gain:.0f} % or more)"))
     return found
+
+
+def on_noise(measured: Sequence[Measured]) -> list[Advice]:
+    """Whether the rounds of a case agree, without which the other figures say little."""
+    rounds = [list(m.rounds.values()) for m in measured if m.rounds]
+    if not rounds:
+        return []
+    if len(rounds[0][0]) < LEAST_ROUNDS:
+        text = f"fewer than {LEAST_ROUNDS} rounds: no telling a gain from noise"
+        return [Advice("noise", False, text, {"rounds": float(len(rounds[0][0]))})]
+    spreads = []
+    for first, *others in rounds:
+        # Of two sides their ratio, in which what slows both down cancels.
+        of = [a / b for a, b in zip(first, others[0], strict=True)] if others else first
+        lower, middle, upper = statistics.quantiles(of, n=4, method="inclusive")
+        spreads.append((upper - lower) / middle)
+    spread = statistics.median(spreads)
+    if spread < SPREAD:
+        return []
+    text = (
+        f"half of a case's rounds lie {spread:.0%} apart: take smaller gains for noise, or measure again at a quiet "
+        "moment or with more --rounds"
+    )
+    return [Advice("noise", False, text, {"spread": spread})]
 
 
 def on_fusing(dense: Sequence[Measured], ragged: Sequence[Measured], left: Mapping[str, str]) -> Advice:

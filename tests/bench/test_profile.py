@@ -662,6 +662,20 @@ def test_advice_on_dtype(seconds, do):
     assert found.do is do and "1.0e-02" in found.text and found.figures["ratio"] == 2 / seconds
 
 
+def test_advice_on_noise():
+    case = dense(4, unfused=1.0, fused=1.0)
+    assert advice.on_noise([case]) == [] == advice.on_noise([])
+    case.rounds = {"unfused": [1.0, 2.0, 9.0], "fused": [1.0, 2.0, 9.0]}
+    assert advice.on_noise([case]) == [], "what slows both sides down is no noise of their ratio"
+    del case.rounds["fused"]
+    (found,) = advice.on_noise([case])
+    assert found.figures == {"spread": (5.5 - 1.5) / 2.0} and "200% apart" in found.text
+    case.rounds = {"unfused": [1.0] * 4, "fused": [1.0, 1.0, 1.2, 1.2]}
+    assert len(advice.on_noise([case])) == 1
+    case.rounds = {"unfused": [1.0] * 2}
+    assert "fewer than 3 rounds" in advice.on_noise([case])[0].text
+
+
 def test_it_says_so_if_nothing_is_worth_a_change():
     from fusenc.bench.profiling.result import Result
 
