@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .advice import Advice
-from .operators import CATEGORIES, Breakdown
+from .operators import CATEGORIES, OTHER, OUTSIDE, Breakdown
 from .result import Result
 from .throughput import Measured, ratio
 
@@ -23,7 +23,8 @@ TOP = 8
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "fusenc", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip
-_COLORS = dict(zip(CATEGORIES, matplotlib.colormaps["tab20"].colors, strict=False))  # type: ignore[attr-defined]
+_COLORS: dict[str, Any] = dict(zip(CATEGORIES, matplotlib.colormaps["tab20"].colors, strict=False))  # type: ignore[attr-defined]
+_COLORS |= {OTHER: "#999999", OUTSIDE: "#dddddd"}
 _ORDERS = {"random": "as it comes", "sorted": "by length"}
 
 
