@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +18,10 @@ from rich.table import Table
 from torch import Tensor
 
 from . import timing
+from .checking import DTYPES, difference
+from .files import replace
 
 Call = Callable[[], Sequence[Tensor]]
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-LARGEST_DIFFERENCE = 16.0
-"""Of a candidate from the reference, in units of eps times the largest value: sums of some thousand terms in another
-order, and intermediate results rounded once more. A wrong index or a lost mask differs by the values themselves."""
 
 ROUNDS = 21
 WARM_UP = 3
@@ -75,29 +68,13 @@ def measure(tunable: Tunable, device: timing.Device, rounds: int = ROUNDS) -> Me
     refused: dict[str, str] = {}
     for name, call in tunable.candidates.items():
         try:
-            if fault := _difference(call(), expected, tunable.dtype):
+            if fault := difference(call(), expected, tunable.dtype):
                 refused[name] = fault
         except Exception as error:  # a chip may lack what a candidate needs; the others still serve
             refused[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
     running = [name for name in tunable.candidates if name not in refused]
     seconds = timing.take_turns({name: tunable.candidates[name] for name in running}, device, rounds, warm_up=WARM_UP)
     return Measured(tunable, {name: statistics.median(taken) for name, taken in seconds.items()}, refused)
-
-
-def _difference(got: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> str:
-    """What is wrong with the results, nothing if they are right."""
-    if len(got) != len(expected):
-        return f"{len(got)} results, expected {len(expected)}"
-    for i, (g, e) in enumerate(zip(got, expected, strict=True)):
-        if g.shape != e.shape:
-            return f"result {i} has shape {tuple(g.shape)}, expected {tuple(e.shape)}"
-        if not e.numel():
-            continue
-        difference = float((g.double() - e.double()).abs().max())
-        allowed = LARGEST_DIFFERENCE * torch.finfo(dtype).eps * float(e.double().abs().max())
-        if not difference <= allowed:  # also catches NaN
-            return f"result {i} differs by {difference:.2e}, allowed {allowed:.2e}"
-    return ""
 
 
 Size = tuple[int, int, int]
@@ -201,23 +178,8 @@ def add_choices(file: Path, sections: Mapping[str, Mapping[str, str]]) -> None:
             merged = {}
         for section, choices in sections.items():
             merged[section] = {**merged.get(section, {}), **choices}
-        _replace(file, {"fusenc_table": tuned.VERSION, "choices": merged})
-
-
-def _replace(file: Path, table: Any) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(table, out, indent=1, sort_keys=True)
-            out.write("\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(name, 0o644)  # mkstemp's files are private; a table may be a team's
-        os.replace(name, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+        table = {"fusenc_table": tuned.VERSION, "choices": merged}
+        replace(file, json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 def tune(

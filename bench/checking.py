@@ -1,0 +1,48 @@
+"""When results count as right, for whatever is timed: nothing wrong gets a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+"""What the command line calls them."""
+
+LARGEST_DIFFERENCE = 16.0
+"""From the reference, in units of eps times the largest value: sums of some thousand terms in another order, and
+intermediate results rounded once more. A wrong index or a lost mask differs by the values themselves."""
+
+LARGEST_DIFFERENCE_OF_A_MODEL = 256.0
+"""The same after some layers, which pass each other's roundings on and amplify them."""
+
+
+def difference(
+    got: Sequence[Tensor | None], expected: Sequence[Tensor | None], dtype: torch.dtype,
+    allowed: float = LARGEST_DIFFERENCE,
+) -> str:  # fmt: skip
+    """What is wrong with the results, nothing if they are right.
+
+    Args:
+        got: what is checked; None is a gradient that does not exist.
+        expected: the same in `dtype` or a wider one.
+        dtype: whose eps counts.
+        allowed: the largest difference, in units of eps times the largest expected value of the tensor.
+    """
+    if len(got) != len(expected):
+        return f"{len(got)} results, expected {len(expected)}"
+    for i, (g, e) in enumerate(zip(got, expected, strict=True)):
+        if g is None or e is None:
+            if g is not e:
+                return f"result {i} is {'missing' if g is None else 'not expected'}"
+            continue
+        if g.shape != e.shape:
+            return f"result {i} has shape {tuple(g.shape)}, expected {tuple(e.shape)}"
+        if not e.numel():
+            continue
+        found = float((g.double() - e.double()).abs().max())
+        most = allowed * torch.finfo(dtype).eps * float(e.double().abs().max())
+        if not found <= most:  # also catches NaN
+            return f"result {i} differs by {found:.2e}, allowed {most:.2e}"
+    return ""
