@@ -18,6 +18,11 @@ LARGEST_DIFFERENCE_OF_A_MODEL = 256.0
 """The same after some layers, which pass each other's roundings on and amplify them."""
 
 
+LEAST_SIZE = 1e-3
+"""A result counts as at least this large beside the largest one: a gradient that is 0 but for rounding, as that of a
+key's bias is, has no size of its own."""
+
+
 def difference(
     got: Sequence[Tensor | None], expected: Sequence[Tensor | None], dtype: torch.dtype,
     allowed: float = LARGEST_DIFFERENCE,
@@ -32,7 +37,9 @@ def difference(
     """
     if len(got) != len(expected):
         return f"{len(got)} results, expected {len(expected)}"
-    for i, (g, e) in enumerate(zip(got, expected, strict=True)):
+    sizes = [0.0 if e is None or not e.numel() else float(e.double().abs().max()) for e in expected]
+    least = LEAST_SIZE * max(sizes, default=0.0)
+    for i, (g, e, size) in enumerate(zip(got, expected, sizes, strict=True)):
         if g is None or e is None:
             if g is not e:
                 return f"result {i} is {'missing' if g is None else 'not expected'}"
@@ -42,7 +49,7 @@ def difference(
         if not e.numel():
             continue
         found = float((g.double() - e.double()).abs().max())
-        most = allowed * torch.finfo(dtype).eps * float(e.double().abs().max())
+        most = allowed * torch.finfo(dtype).eps * max(size, least)
         if not found <= most:  # also catches NaN
             return f"result {i} differs by {found:.2e}, allowed {most:.2e}"
     return ""

@@ -61,26 +61,54 @@ def demo(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="host, norm, embed, attention, ffn, model, encoder or all.")] = "all",
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    ops: Annotated[
+        list[str] | None,
+        typer.Argument(help="host, add_norm, embed_norm, rotary, attention, ffn, layer, model, encoder or all; "
+                            "or: compare A.json B.json."),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16, float32; with commas, as what follows.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Sequences.")] = None,
+    length: Annotated[str | None, typer.Option(help="Tokens of the longest.")] = None,
+    width: Annotated[str | None, typer.Option(help="Of the model.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Of the model.")] = None,
+    fill: Annotated[str | None, typer.Option(help="Real tokens among all, up to 1.")] = None,
+    direction: Annotated[str | None, typer.Option(help="forward, backward, both.")] = None,
+    provider: Annotated[str | None, typer.Option(help="Who takes part, or all.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on the CPU.")] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="Measurements of each side; their median counts.")] = 25,
-) -> None:
-    """Measure the library against torch and Hugging Face on this machine's CPU."""
-    from .cases import SUITES
-    from .cases.encoder import WrongValuesError
-    from .demo import DemoError
-    from .measure import run
+    rounds: Annotated[int, typer.Option(min=3, help="Times of each provider, at most; their median counts.")] = 25,
+    seconds: Annotated[float, typer.Option(min=0.0, help="For a case; fewer rounds where they take longer.")] = 8.0,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="The same as CSV.")] = None,
+    html: Annotated[Path | None, typer.Option(help="A page with tables and plots.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="A page with the table.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="The plots alone, .png, .svg or .pdf.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with a file of --json.")] = None,
+) -> None:  # fmt: skip
+    """Measure the library beside everything else that does the same, on this machine's GPU or CPU.
 
-    if suite not in (*SUITES, "all"):
-        raise _fail(f"unknown suite {suite!r}, expected one of {', '.join((*SUITES, 'all'))}")
+    With "compare" and two result files: which differences between them are more than chance; exit status 1 if anything
+    became slower.
+    """
+    from . import benchmark, compare
+    from .measure import Limits
+
+    sizes = {"dtype": dtype, "batch": batch, "length": length, "width": width, "heads": heads, "fill": fill,
+             "direction": direction}  # fmt: skip
+    given = {name: value for name, value in sizes.items() if value is not None}
+    chosen = ops or ["all"]
     try:
-        run(list(SUITES) if suite == "all" else [suite], json, threads, rounds)
-    except WrongValuesError as error:
-        typer.echo(f"fusenc: {error}", err=True)
-        raise typer.Exit(1) from None
-    except (DemoError, OSError) as error:  # no packaged model, or a file that cannot be written
+        if chosen[0] == "compare":
+            if len(chosen) != 3:
+                raise ValueError(f"compare: expected two result files, got {len(chosen) - 1}")
+            status = compare.run(Path(chosen[1]), Path(chosen[2]))
+        else:
+            asked = benchmark.Asked(chosen, given, provider, device, threads)
+            files = benchmark.Files(json, csv, html, markdown, plot, resume)
+            status = benchmark.run(asked, files, Limits(rounds, seconds))
+    except (ValueError, OSError) as error:  # OSError: a file that cannot be written or read
         raise _fail(str(error)) from None
+    raise typer.Exit(status)
 
 
 @app.command()

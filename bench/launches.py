@@ -58,12 +58,26 @@ def count_layer(layer: nn.Module, source: Tensor) -> Count:
     return Count(forward(), backward())
 
 
+def count_call(call: Callable[[], Any], arch: str = "") -> int:
+    """Kernels that any call launches: PyTorch's operators and recorded Triton launches, as in `count_layer`.
+
+    Nothing that Triton should compute is computed.
+
+    Args:
+        call: on tensors of any device.
+        arch: as in `machine_code.compiling.record_launches`.
+    """
+    with _counting(arch) as found:
+        call()
+    return found().total()
+
+
 @contextlib.contextmanager
-def _counting() -> Iterator[Callable[[], Counter[str]]]:
+def _counting(arch: str = "") -> Iterator[Callable[[], Counter[str]]]:
     from .machine_code.compiling import record_launches
 
     operators = _Operators()
-    with record_launches() as launches, operators:
+    with record_launches(arch) as launches, operators:
         yield lambda: operators.found + Counter(launch.name for launch in launches)
 
 

@@ -1,65 +1,183 @@
-"""`fusenc bench`: this library against torch and Hugging Face on the CPU, both sides taking turns in one process."""
+"""Check and time one case: every provider in turns, on the device's own clock, and none whose values are wrong."""
 
 from __future__ import annotations
 
-import json
-import statistics
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import contextlib
+import functools
+import importlib.util
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from fusenc.kernels.common import launch
+from torch import Tensor
 
-from . import environment, timing
-from .cases import SUITES
-from .cases.case import Case
+from . import timing
+from .cases.case import COMPILED, AbsentError, Call, Case, Maker, flat
+from .checking import DTYPES, difference
+
+LEAST_ROUNDS = 11
+"""What the time for a case may not cut: with fewer, no difference between two runs can be told from chance."""
+
+MOST_OF_A_ROUND = 0.05
+"""Seconds that a round should not exceed for the sake of many calls in each time."""
+
+MEASURED, ABSENT, WRONG, MEMORY, FAILED = "measured", "absent", "wrong values", "out of memory", "failed"
 
 
 @dataclass
-class Figure:
-    """One measured case. Times are medians in microseconds; the ratio is the median of the rounds' own ratios."""
+class Outcome:
+    """What came of one provider in one case."""
 
-    name: str
-    theirs_is: str
-    theirs_us: float
-    ours_us: float
-    speedup: float
-    target: float | None
-    reached: bool | None
-
-
-def interleave(case: Case, rounds: int) -> Figure:
-    """Measure both sides in turns, so that a slow moment of the machine hits both alike."""
-    sides = {"theirs": case.theirs, "ours": case.ours}
-    seconds = timing.take_turns(sides, timing.Cpu(), rounds, case.calls)
-    speedup = statistics.median(t / o for t, o in zip(seconds["theirs"], seconds["ours"], strict=True))
-    theirs, ours = (1e6 * statistics.median(seconds[side]) for side in ("theirs", "ours"))
-    reached = None if case.target is None else speedup >= case.target
-    return Figure(case.name, case.theirs_is, theirs, ours, speedup, case.target, reached)
+    status: str
+    reason: str = ""
+    seconds: list[float] = field(default_factory=list)
+    """Of one call, by round; rounds of one case go together across its providers."""
+    calls: int = 0
+    """That each of them is the mean of."""
+    peak_memory: int | None = None
+    """Bytes."""
+    launches: int | None = None
 
 
-def run(suites: list[str], file: Path | None, threads: int | None, rounds: int) -> list[Figure]:
-    """Measure the suites, print a table and, if asked, write the figures as JSON."""
-    console = Console()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    figures = []
-    with Progress(console=console, transient=True) as progress:
-        for suite in suites:
-            cases = SUITES[suite]()
-            for case in progress.track(cases, description=suite):
-                figures.append(interleave(case, rounds))
-    table = Table("case", "against", "theirs, us", "ours, us", "times as fast", "target", "")
-    for f in figures:
-        verdict = {True: "reached", False: "missed", None: ""}[f.reached]
-        columns = (f.name, f.theirs_is, f"{f.theirs_us:,.1f}", f"{f.ours_us:,.1f}", f"{f.speedup:.2f}")
-        table.add_row(*columns, "" if f.target is None else f"{f.target:.2f}", verdict)
-    (console if console.is_terminal else Console(width=150)).print(table)
-    machine = environment.summary()
-    console.print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    if file is not None:
-        file.write_text(json.dumps({"machine": machine, "figures": [asdict(f) for f in figures]}, indent=1) + "\n")
-        console.print(f"Written to {file}")
-    return figures
+@dataclass
+class Limits:
+    """How long one may measure."""
+
+    rounds: int = 25
+    seconds: float = 8.0
+    """Of one case; it cuts the rounds, down to `LEAST_ROUNDS`."""
+
+
+def chosen(case: Case, device: timing.Device, wanted: Sequence[str] | None) -> list[str]:
+    """The providers of a case that are to be tried."""
+    if wanted is None:
+        return [name for name in case.providers if device.kind != "cpu" or name not in COMPILED]
+    return [name for name in case.providers if name in wanted]
+
+
+def measure(case: Case, device: timing.Device, wanted: Sequence[str] | None, limits: Limits) -> dict[str, Outcome]:
+    """Outcomes by provider, in the case's order.
+
+    A provider that raises ends its own part alone; out of memory is one way to end.
+
+    Args:
+        case: what is measured.
+        device: where its tensors are, and whose clock counts.
+        wanted: providers to try; None for all, but on a CPU none of those that compile for minutes.
+        limits: how long.
+    """
+    names = chosen(case, device, wanted)
+    torch._dynamo.reset()  # a limit on recompiling counts over all cases
+    outcomes: dict[str, Outcome] = {}
+    with case.within():
+        try:
+            _time(checked(case, device, names, outcomes), device, limits, outcomes)
+        except Exception as error:  # inputs or reference that do not fit, or do not run
+            status = MEMORY if _out_of_memory(error) else FAILED
+            outcomes |= {n: Outcome(status, _first_line(error)) for n in names if n not in outcomes}
+    device.release()
+    return {name: outcomes[name] for name in names}
+
+
+def checked(case: Case, device: timing.Device, names: Sequence[str], outcomes: dict[str, Outcome]) -> dict[str, Call]:
+    """The calls of those providers whose values are right; what the others came to goes into `outcomes`."""
+    inputs = case.inputs()
+    makers: dict[str, Maker] = {}
+    for name in names:
+        with _ending(name, outcomes):
+            makers[name] = case.providers[name]()
+    expected = None
+    if case.reference is not None and makers:
+        wide = torch.float64 if DTYPES[case.dtype] == torch.float32 else torch.float32
+        expected = _view(case, "reference", case.reference()(inputs.to(wide))())
+    copies = [inputs, *(inputs.copy() for _ in range(device.copies - 1))]
+    sides: dict[str, Call] = {}
+    for name, make in makers.items():
+        with _ending(name, outcomes):
+            calls = [make(copy) for copy in copies]
+            results = _view(case, name, calls[0]())
+            wrong = "" if expected is None else difference(results, expected, DTYPES[case.dtype], case.tolerance)
+            if wrong:
+                outcomes[name] = Outcome(WRONG, wrong)
+            else:
+                sides[name] = rotating(calls)
+    return sides
+
+
+def _time(sides: dict[str, Call], device: timing.Device, limits: Limits, outcomes: dict[str, Outcome]) -> None:
+    for name, call in sides.items():
+        with _ending(name, outcomes):
+            outcomes[name] = Outcome(MEASURED, peak_memory=device.peak_memory(call))
+            outcomes[name].launches = _launches(name, call, device)
+    sides = {name: call for name, call in sides.items() if outcomes[name].status == MEASURED}
+    if not sides:
+        return
+    try:
+        once = {name: _once(call, device) for name, call in sides.items()}
+        turn = sum(once.values())
+        calls = max(1, min(math.ceil(device.least / min(once.values())), int(MOST_OF_A_ROUND / turn)))
+        rounds = min(limits.rounds, max(LEAST_ROUNDS, int(limits.seconds / (turn * calls))))
+        seconds = timing.take_turns(sides, device, rounds, calls, warm_up=1)
+    except BaseException:  # which of them it was is not known
+        for name in sides:
+            del outcomes[name]
+        raise
+    for name, taken in seconds.items():
+        outcomes[name].seconds, outcomes[name].calls = taken, calls
+
+
+def _once(call: Call, device: timing.Device) -> float:
+    """About how long a call takes; of two, where that is cheap, since one may fall into a slow moment."""
+    seconds = device.seconds(call)
+    return seconds if seconds > MOST_OF_A_ROUND else min(seconds, device.seconds(call))
+
+
+def rotating(calls: Sequence[Call]) -> Call:
+    """One call after the other, from the first again after the last."""
+    if len(calls) == 1:
+        return calls[0]
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
+
+
+def _view(case: Case, name: str, results: object) -> list[Tensor | None]:
+    found = flat(results)
+    return case.views[name](found) if name in case.views else found
+
+
+@contextlib.contextmanager
+def _ending(name: str, outcomes: dict[str, Outcome]) -> Iterator[None]:
+    """What a provider raises becomes its outcome: only this library has to run everywhere."""
+    try:
+        yield
+    except AbsentError as absent:
+        outcomes[name] = Outcome(ABSENT, str(absent))
+    except Exception as error:
+        ours = name.startswith("fusenc")
+        status = MEMORY if _out_of_memory(error) else FAILED if ours else ABSENT
+        outcomes[name] = Outcome(status, _first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+@functools.cache
+def _counts_launches() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _launches(name: str, call: Call, device: timing.Device) -> int | None:
+    """Kernels of one call as on a GPU; None where compiled code hides them."""
+    if name in COMPILED or not _counts_launches():
+        return None
+    from .launches import count_call
+
+    return count_call(call, launch.architecture(0) if device.kind == "cuda" else "")

@@ -5,27 +5,64 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from fusenc.kernels.common import tuned
 
+from .checking import DTYPES
+
 Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What a device can do at best, in one dtype."""
+
+    source: str
+    tflops: float
+    gb_s: float
 
 
 class Device(Protocol):
     """What a call runs on, and its clock."""
 
     name: str
+    kind: str
+    """``"cpu"`` or ``"cuda"``: whose cases and reports are meant."""
+    where: str
+    """Where tensors live, as torch calls it."""
+    least: float
+    """Seconds that one time has to cover, in as many calls as that takes."""
+    copies: int
+    """Inputs that take turns, so that none is warm."""
 
     def seconds(self, call: Call, calls: int = 1) -> float:
         """Time of one call, the mean over `calls` in a row."""
+
+    def peaks(self, dtype: str) -> Peaks | None:
+        """What the device can do at best, None if that is not known."""
+
+    def peak_memory(self, call: Call) -> int | None:
+        """Bytes that a call allocates beyond what was there before, at most; None if that is not known."""
+
+    def finished(self, call: Call) -> Call:
+        """The same call, which returns when all is computed: for a clock that is not the device's."""
+
+    def release(self) -> None:
+        """Give back memory that nothing uses any more."""
 
 
 class Cpu:
     """The host, with its monotonic clock."""
 
-    name = "cpu"
+    name = kind = where = "cpu"
+    least = 2e-3
+    copies = 1
+
+    def __init__(self) -> None:
+        self._peaks: dict[str, Peaks] = {}
 
     def seconds(self, call: Call, calls: int = 1) -> float:
         """Mean time of some calls in a row, enough to dwarf the clock's own cost."""
@@ -34,15 +71,44 @@ class Cpu:
             call()
         return (time.perf_counter() - start) / calls
 
+    def peaks(self, dtype: str) -> Peaks | None:
+        """The best of some products and copies on this machine, with its threads; no data sheet says it better."""
+        if dtype not in self._peaks:
+            n, of = 1024, DTYPES[dtype]
+            a, b = (torch.randn(n, n).to(of) for _ in range(2))
+            source = torch.ones(1 << 24, dtype=torch.float32)  # 64 MiB, more than caches hold
+            copy = torch.empty_like(source)
+            product = min(self.seconds(lambda: torch.mm(a, b)) for _ in range(6))
+            copying = min(self.seconds(lambda: copy.copy_(source)) for _ in range(6))
+            moved = 2 * source.numel() * source.element_size()
+            text = f"measured: product of {n} x {n} {dtype} matrices, copy of 64 MiB"
+            self._peaks[dtype] = Peaks(text, 2e-12 * n**3 / product, 1e-9 * moved / copying)
+        return self._peaks[dtype]
+
+    def peak_memory(self, call: Call) -> int | None:
+        """Not known: torch counts allocations on GPUs alone."""
+        return None
+
+    def finished(self, call: Call) -> Call:
+        """The call itself."""
+        return call
+
+    def release(self) -> None:
+        """Nothing to do."""
+
 
 class Gpu:
     """The current GPU, with times from its own events."""
+
+    kind = where = "cuda"
+    least = 2e-4
+    copies = 3
 
     def __init__(self) -> None:
         self.name = str(tuned.gpu_name(torch.cuda.current_device()))
         cache = int(getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0))
         # Writing twice the L2 cache's size pushes the operands out, and takes longer than the host needs to launch.
-        self._flush = torch.empty(max(2 * cache, 64 << 20), dtype=torch.uint8, device="cuda")
+        self._flush = torch.empty(max(2 * cache, 64 << 20), dtype=torch.uint8, device=self.where)
 
     def seconds(self, call: Call, calls: int = 1) -> float:
         """Mean time of single calls, each between two events and with cold caches."""
@@ -56,6 +122,41 @@ class Gpu:
             end.synchronize()
             total += 1e-3 * float(start.elapsed_time(end))
         return total / calls
+
+    def peaks(self, dtype: str) -> Peaks | None:
+        """The published peaks of a chip that `chips.toml` knows by the name that torch reports."""
+        from .machine_code.chips import reported
+
+        chip = reported(self.name)
+        if chip is None:
+            return None
+        half = DTYPES[dtype].itemsize == 2
+        if not half and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            return None  # TF32's peak is not in the table
+        return Peaks(f"published: {chip.name}", chip.tensor_tflops if half else chip.fp32_tflops, 1e3 * chip.dram_tb_s)
+
+    def peak_memory(self, call: Call) -> int | None:
+        """By torch's own count of its allocations."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+
+    def finished(self, call: Call) -> Call:
+        """With a wait for the GPU at its end."""
+
+        def run() -> None:
+            call()
+            torch.cuda.synchronize()
+
+        return run
+
+    def release(self) -> None:
+        """Empty torch's cache, so that one case's leftovers do not make the next one run out."""
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def find_gpu() -> Gpu | None:

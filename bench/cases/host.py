@@ -1,87 +1,187 @@
-"""Tiny inputs, where all that is measured is what a call costs before the work begins."""
+"""What a call costs before the work begins: tiny inputs on a CPU, and each public function up to a stubbed driver."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import fusenc
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor
 
-from .case import Call, Case
+from ..timing import Device
+from . import add_norm, embed_norm, ffn, layer, rotary
+from .case import RECORDED, Case, Given, Inputs, Point, Provider, function
 
-
-def cases() -> list[Case]:
-    torch.manual_seed(0)
-    x, residual, weight, bias = (torch.randn(s) for s in ((8, 64), (8, 64), (64,), (64,)))
-    leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
-    upstream = torch.ones(8, 64)
-
-    def eager(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x + residual, (64,), weight, bias)
-
-    def without_gradients(call: Call) -> Call:
-        def run() -> None:
-            with torch.no_grad():
-                call()
-
-        return run
-
-    add_norm: Any = fusenc.kernels.add_norm
-    arguments = (x, residual, weight, bias)
-    cases = [
-        Case("add_norm 8x64, no gradients", lambda: eager(*arguments), lambda: add_norm(*arguments), 500, 1 / 1.3,
-             "F.layer_norm(x + r)"),
-        Case("add_norm 8x64, forward with gradients", lambda: eager(*leaves), lambda: add_norm(*leaves), 500, 1 / 1.8,
-             "F.layer_norm(x + r)"),
-        Case("add_norm 8x64, forward and backward", lambda: eager(*leaves).backward(upstream),
-             lambda: add_norm(*leaves).backward(upstream), 100, 1 / 1.8, "F.layer_norm(x + r)"),
-    ]  # fmt: skip
-    source = torch.randn(1, 8, 64)
-    for dropout in (0.0, 0.1):
-        options: dict[str, Any] = {"dropout": dropout, "activation": "gelu", "batch_first": True}
-        theirs = nn.TransformerEncoderLayer(64, 4, 128, **options)
-        ours = fusenc.TransformerEncoderLayer(64, 4, 128, **options)
-        ours.load_state_dict(theirs.state_dict())
-        if dropout == 0.0:
-            evaluated = copy.deepcopy(theirs).eval(), copy.deepcopy(ours).eval()
-            cases.append(_layer_case("layer 1x8x64, inference", evaluated, source, without_gradients))
-            cases.append(
-                _layer_case("layer 1x8x64, inference, torch's plain path", evaluated, source, without_gradients, False)
-            )
-        name = f"layer 1x8x64, training, dropout {dropout}"
-        cases.append(_layer_case(f"{name}, forward", (theirs, ours), source, lambda call: call))
-        cases.append(
-            Case(f"{name}, forward and backward", lambda t=theirs: t(source).sum().backward(),  # type: ignore[misc]
-                 lambda o=ours: o(source).sum().backward(), 20, 1 / 1.2, "nn.TransformerEncoderLayer")  # type: ignore[misc]
-        )  # fmt: skip
-    return cases
+STUBBED = "the driver is stubbed, so nothing is computed"
+PLAIN, TRAINED = 1 / 1.3, 1 / 1.8
+"""Targets: a call may cost 1.3 times the eager composition's, one with gradients 1.8 times."""
+OF_A_LAYER = 1 / 1.2
 
 
-def _layer_case(
-    name: str,
-    layers: tuple[nn.Module, nn.Module],
-    source: torch.Tensor,
-    wrap: Callable[[Call], Call],
-    fast: bool = True,
-) -> Case:
-    def theirs() -> None:
-        layers[0](source)
+def cases(given: Given, device: Device) -> list[Case]:
+    """Tiny inputs, then stubbed launches; the sizes are fixed."""
+    directions = given.get("direction", ("forward", "both"))
+    found = _tiny(directions, device) if device.kind == "cpu" else []
+    if importlib.util.find_spec("triton") is not None:
+        found += [
+            _launch(name, d)
+            for name, of in FUNCTIONS.items()
+            for d in directions
+            if d == "forward" or (d == "both" and of.gradients)
+        ]
+    return found
 
-    def plain() -> None:
-        before = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # part of what is timed, some 0.2 us
-        layers[0](source)
-        torch.backends.mha.set_fastpath_enabled(before)
 
-    return Case(
-        name,
-        wrap(theirs if fast else plain),
-        wrap(lambda: layers[1](source)),
-        50,
-        1 / 1.2,
-        "nn.TransformerEncoderLayer",
-    )
+def _tiny(directions: tuple[str, ...], device: Device) -> list[Case]:
+    def point(batch: int, length: int, heads: int, direction: str) -> Point:
+        return Point("float32", batch, length, 64, heads, 1.0, direction, device.kind, device.where)
+
+    def tiny(op: str, case: Case, targets: Mapping[str, float]) -> Case:
+        return dataclasses.replace(case, op="host", name=f"{op} {case.name}", targets=targets)
+
+    found = []
+    for direction in directions:
+        of = {"fusenc": PLAIN if direction == "forward" else TRAINED}
+        rows = [direction, RECORDED] if direction == "both" else [direction]
+        found += [tiny("add_norm", add_norm.case(point(1, 8, 1, d), "layer"), of) for d in rows]
+        found.append(tiny("embed_norm", embed_norm.case(point(1, 8, 1, direction), vocabulary=100), of))
+        found.append(tiny("rotary", rotary.case(point(1, 8, 1, direction)), of))
+        found += [tiny("ffn", ffn.case(point(1, 8, 1, direction), v, hidden=128), of) for v in ffn.VARIANTS]
+        for dropout in (0.0, 0.1) if direction == "both" else (0.0,):
+            for d in rows:
+                made = layer.case(point(1, 8, 4, d), hidden=128, dropout=dropout)
+                found.append(tiny("layer", made, {"fusenc": OF_A_LAYER}))
+    return found
+
+
+_LENGTH, _WIDTH, _HIDDEN, _HEADS, _IDS = 8, 64, 128, 4, 100
+_ROW, _HEAD = (1, _LENGTH, _WIDTH), (1, _LENGTH, _HEADS, _WIDTH // _HEADS)
+_NORM = ((_WIDTH,), (_WIDTH,))
+_BLOCK = ((_HIDDEN, _WIDTH), (_HIDDEN,), (_WIDTH, _HIDDEN), (_WIDTH,))
+
+
+@dataclass(frozen=True)
+class Function:
+    """A public function, and what in PyTorch's own does the same."""
+
+    ours: Callable[..., Any]
+    eager: Callable[..., Any]
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the floating arguments."""
+    others: Callable[[], list[Tensor]] = list
+    out: tuple[tuple[int, ...], ...] = (_ROW,)
+    heads: bool = False
+    """Whether the arguments are `[B, L, H, D]`, to be seen as `[B, H, L, D]`."""
+    gradients: bool = True
+
+
+def _starts() -> list[Tensor]:
+    return [torch.tensor([0, _LENGTH], dtype=torch.int32)]
+
+
+def _ids() -> list[Tensor]:
+    ids = torch.arange(_LENGTH)[None]
+    return [ids, ids % 2, ids]
+
+
+def _tables() -> list[Tensor]:
+    half = fusenc.kernels.rotary_tables(_LENGTH, _WIDTH // _HEADS)
+    return [*half, *(torch.cat((t, t), -1) for t in half)]
+
+
+def _ours(name: str) -> Any:
+    return getattr(fusenc.kernels, name)
+
+
+def _sdpa(*qkv: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*qkv)
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor, starts: Tensor) -> Tensor:
+    return _sdpa(*(t.transpose(0, 1)[None] for t in (query, key, value)))[0].transpose(0, 1)
+
+
+def _weights(query: Tensor, key: Tensor) -> Tensor:
+    return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+
+
+def _ours_embed(*arguments: Tensor) -> Tensor:
+    *tables, ids, types, _ = arguments
+    return _ours("embed_norm")(ids, *tables, token_type_ids=types)
+
+
+def _ours_layer(src: Tensor, *weights: Tensor) -> Tensor:
+    return _ours("encoder_layer")(src, fusenc.kernels.LayerWeights(*weights), _HEADS)
+
+
+def _layer(src: Tensor, *weights: Tensor) -> Tensor:
+    (in_weight, in_bias, out_weight, out_bias, norm1, norm1_bias, *block, norm2, norm2_bias) = weights
+    projected = F.linear(src, in_weight, in_bias).unflatten(-1, (3, _HEADS, -1))
+    attended = _sdpa(*(t.transpose(1, 2) for t in projected.unbind(-3))).transpose(1, 2).flatten(-2)
+    x = F.layer_norm(src + F.linear(attended, out_weight, out_bias), (_WIDTH,), norm1, norm1_bias)
+    return F.layer_norm(x + _ffn(x, *block), (_WIDTH,), norm2, norm2_bias)
+
+
+def _ffn(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+
+
+FUNCTIONS = {
+    "attention": Function(
+        lambda *qkv: _ours("attention")(*qkv), _sdpa, (_HEAD,) * 3, out=(_HEAD,), heads=True
+    ),
+    "attention_varlen": Function(
+        lambda q, k, v, starts: _ours("attention_varlen")(q, k, v, starts, starts, _LENGTH, _LENGTH), _packed,
+        (_HEAD[1:],) * 3, _starts, (_HEAD[1:],),
+    ),
+    "attention_weights": Function(
+        lambda q, k: _ours("attention_weights")(q, k), _weights, (_HEAD,) * 2, heads=True, gradients=False
+    ),
+    "add_norm": Function(
+        lambda *tensors: _ours("add_norm")(*tensors), add_norm.layer_norm, (_ROW, _ROW, *_NORM)
+    ),
+    "embed_norm": Function(
+        _ours_embed, embed_norm.plain, ((_IDS, _WIDTH), (_LENGTH, _WIDTH), (2, _WIDTH), *_NORM), _ids
+    ),
+    "rotary": Function(
+        lambda q, k, *tables: _ours("rotary")(q, k, *tables[:2]), rotary.plain, (_HEAD,) * 2, _tables, (_HEAD,) * 2,
+        heads=True,
+    ),
+    "linear_act": Function(
+        lambda *tensors: _ours("linear_act")(*tensors, "gelu"), lambda x, w, b: F.gelu(F.linear(x, w, b)),
+        (_ROW, *_BLOCK[:2]), out=((1, _LENGTH, _HIDDEN),),
+    ),
+    "ffn": Function(lambda *tensors: _ours("ffn")(*tensors), _ffn, (_ROW, *_BLOCK)),
+    "encoder_layer": Function(
+        _ours_layer, _layer,
+        (_ROW, (3 * _WIDTH, _WIDTH), (3 * _WIDTH,), (_WIDTH, _WIDTH), (_WIDTH,), *_NORM, *_BLOCK, *_NORM),
+    ),
+}  # fmt: skip
+
+
+def _launch(name: str, direction: str) -> Case:
+    """One public function with the driver stubbed, beside what PyTorch's own takes in full on a CPU.
+
+    The second is no rival: the first leaves out what a driver and a GPU do. It is the yardstick by which two results
+    compare, on a machine whose speed varies.
+    """
+    from ..stub_driver import stubbed_driver
+
+    of = FUNCTIONS[name]
+
+    def inputs() -> Inputs:
+        torch.manual_seed(0)
+        leaves, upstream = ([torch.randn(shape) for shape in shapes] for shapes in (of.shapes, of.out))
+        if of.heads:
+            leaves, upstream = ([t.transpose(1, 2) for t in part] for part in (leaves, upstream))
+        return Inputs(leaves, of.others(), upstream)
+
+    providers: dict[str, Provider] = {"eager": function(of.eager, direction), "fusenc": function(of.ours, direction)}
+    gradients = "with gradients" if direction == "both" else "no gradients"
+    return Case("host", f"launching {name}, {gradients}", "float32", direction, inputs, providers, ("eager",),
+                unchecked=STUBBED, tokens=_LENGTH, within=stubbed_driver)  # fmt: skip

@@ -1,58 +1,200 @@
-"""The packaged sentence encoder on 32 real sentences, ragged and of equal length."""
+"""Hugging Face models: the packaged sentence encoder on real sentences, or BERT of any size with random weights."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import random
-import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import fusenc
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..demo import load, tokenize
-from ..text import documentation_sentences
-from .case import Case
+from ..checking import DTYPES, LARGEST_DIFFERENCE_OF_A_MODEL
+from ..demo import DemoError, load, tokenize
+from ..text import docstring_sentences, documentation_sentences
+from ..timing import Device
+from .case import AbsentError, Case, Given, Grid, Inputs, Maker, Provider, View, directed, package, points
+from .layer import work
 
-LARGEST_DIFFERENCE = 1e-4
-"""Of any hidden state of a real token; above it no time is reported."""
+GRIDS = {
+    "cpu": [Grid(("float32",), (16,), (64,), (384,), (12,), (1.0, 0.58))],
+    "cuda": [Grid(("float16", "bfloat16"), (32,), (128, 512), (768,), (12,), (1.0, 0.58))],
+}
+LAYERS = 6
+SENTENCES = 32
+TARGETS = {"half full": {"forward": 1.8, "both": 1.6}, "full": {"forward": 0.97, "both": 0.97}}
 
 
-def cases() -> list[Case]:
-    plain, tokenizer = load(None)
-    fused = copy.deepcopy(plain)
-    fusenc.fuse(fused)
-    sentences = random.Random(0).sample(documentation_sentences(), 512)
-    lengths = [len(ids) for ids in tokenizer(sentences)["input_ids"]]
-    common = statistics.mode(lengths)
-    equal = [s for s, n in zip(sentences, lengths, strict=True) if n == common]
-    equal = (equal * 32)[:32]
-    cases = []
-    for name, texts in (("ragged", sentences[:32]), ("equal length", equal)):
-        inputs = tokenize(tokenizer, plain, texts, "cpu")
-        real = inputs["attention_mask"].bool()
-        fill = float(real.float().mean())
-        with torch.inference_mode():
-            difference = (plain(**inputs).last_hidden_state - fused(**inputs).last_hidden_state)[real].abs().max()
-        if difference > LARGEST_DIFFERENCE:
-            raise RuntimeError(f"{name}: hidden states differ by {float(difference):.1e}; no time is measured")
-        shape = "x".join(map(str, real.shape))
-        target = 0.9 / fill if fill < 1 else 0.95
-        for training in (False, True):
-            sides = (plain, fused)
+def cases(given: Given, device: Device) -> list[Case]:
+    """The packaged encoder on real sentences; where a size is asked for, and on a GPU, random weights of that size."""
+    if device.kind == "cpu" and not set(given) - {"direction", "dtype"}:
+        directions, dtypes = given.get("direction", ("forward", "both")), given.get("dtype", ("float32",))
+        return [_packaged(fill, dtype, d, device) for dtype in dtypes for fill in TARGETS for d in directions]
+    found = []
+    for point in points(GRIDS, given, device):
+        config = functools.partial(_config, point.width, point.heads, point.length)
+        ids = functools.partial(_random_ids, point.real())
+        name = point.describe(f"BERT, {LAYERS} layers, {point.batch}x{point.length}x{point.width}, {point.heads} heads")
+        build = functools.partial(_random, config)
+        found.append(_case(name, point.dtype, point.direction, device, build, ids, point.lengths, point.sizes()))
+    return found
 
-            def call(model: nn.Module, inputs: Any = inputs, real: Any = real, training: bool = training) -> None:
-                if training:
-                    model(**inputs).last_hidden_state[real].sum().backward()
-                    return
-                with torch.inference_mode():
-                    model(**inputs)
 
-            # Only inference has a target; the models stay in evaluation mode, so training is without dropout.
-            kind = "forward and backward" if training else "inference"
-            cases.append(
-                Case(f"MiniLM {shape}, {name}, fill {fill:.2f}, {kind}", lambda c=call, s=sides: c(s[0]),  # type: ignore[misc]
-                     lambda c=call, s=sides: c(s[1]), 1, None if training else target, "Hugging Face, sdpa")  # type: ignore[misc]
-            )  # fmt: skip
-    return cases
+def _config(width: int, heads: int, length: int) -> Any:
+    return package("transformers", "transformers").BertConfig(
+        hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, num_hidden_layers=LAYERS,
+        max_position_embeddings=max(length, 512), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+
+
+def _random(config: Callable[[], Any]) -> nn.Module:
+    torch.manual_seed(0)
+    return package("transformers", "transformers").BertModel(config(), add_pooling_layer=False).eval()
+
+
+def _random_ids(real: Tensor) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 30000, tuple(real.shape), generator=generator).to(real.device)
+    return ids, real.long()
+
+
+@functools.cache
+def packaged() -> tuple[Any, Any]:
+    """The packaged sentence encoder and its tokenizer.
+
+    Raises:
+        AbsentError: it is not installed.
+    """
+    try:
+        return load(None)
+    except DemoError as error:
+        raise AbsentError(str(error)) from None
+
+
+@functools.cache
+def sentences() -> list[str]:
+    """Real sentences in a random order that is the same each time."""
+    found = [*documentation_sentences(), *docstring_sentences()]
+    random.Random(0).shuffle(found)
+    return found
+
+
+@functools.cache
+def batch(fill: str) -> tuple[Tensor, Tensor]:
+    """Ids and mask of a batch of real sentences, half full or full."""
+    model, tokenizer = packaged()
+    lengths = [len(ids) for ids in tokenizer(sentences())["input_ids"]]
+    chosen = (_half_full if fill == "half full" else _full)(lengths)
+    inputs = tokenize(tokenizer, model, [sentences()[i] for i in chosen], "cpu")
+    return inputs["input_ids"], inputs["attention_mask"]
+
+
+def _half_full(lengths: Sequence[int]) -> Sequence[int]:
+    """The sentences in a row that come nearest to a batch half of which is padding, as random batches do."""
+
+    def off(start: int) -> float:
+        found = lengths[start : start + SENTENCES]
+        return abs(sum(found) / (SENTENCES * max(found)) - 0.5)
+
+    start = min(range(0, len(lengths) - SENTENCES, SENTENCES), key=off)
+    return range(start, start + SENTENCES)
+
+
+def _full(lengths: Sequence[int]) -> Sequence[int]:
+    """Sentences of one length, the longest of which there are enough."""
+    length = max(n for n in set(lengths) if lengths.count(n) >= SENTENCES)
+    return [i for i, n in enumerate(lengths) if n == length][:SENTENCES]
+
+
+def _packaged(fill: str, dtype: str, direction: str, device: Device) -> Case:
+    try:
+        ids, mask = batch(fill)
+    except AbsentError as absent:
+        return missing("model", f"MiniLM, {fill}, {dtype}, {direction}", dtype, direction, absent)
+    model, _ = packaged()
+    lengths, (rows, longest) = mask.sum(1).tolist(), mask.shape
+    width = int(model.config.hidden_size)
+    sizes = {"kind": fill, "batch": rows, "length": longest, "width": width, "fill": sum(lengths) / mask.numel()}
+    name = f"MiniLM, {rows}x{longest}, fill {sizes['fill']:.2f}, {dtype}, {direction}"
+
+    def tokens() -> tuple[Tensor, Tensor]:
+        return ids.to(device.where), mask.to(device.where)
+
+    case = _case(name, dtype, direction, device, functools.partial(copy.deepcopy, model), tokens, lengths, sizes)
+    # The models stay in evaluation mode, so training is without dropout.
+    if direction in TARGETS[fill] and dtype == "float32" and device.kind == "cpu":
+        case.targets = {"fusenc": TARGETS[fill][direction]}
+    return case
+
+
+def missing(op: str, name: str, dtype: str, direction: str, absent: AbsentError) -> Case:
+    """A case that cannot even be made here."""
+
+    def refuse() -> Maker:
+        raise absent
+
+    return Case(op, name, dtype, direction, lambda: Inputs([]), {"fusenc": refuse}, unchecked="nothing runs")
+
+
+def _case(
+    name: str, dtype: str, direction: str, device: Device, build: Callable[[], nn.Module],
+    ids: Callable[[], tuple[Tensor, Tensor]], lengths: list[int], sizes: dict[str, Any],
+) -> Case:  # fmt: skip
+    width = sizes["width"]
+    rows = (len(lengths), sizes["length"], width)
+
+    def inputs() -> Inputs:
+        generator = torch.Generator(device=device.where).manual_seed(0)
+        upstream = torch.randn(rows, generator=generator, device=device.where).to(DTYPES[dtype])
+        tokens, mask = ids()
+        return Inputs([], [tokens, mask], [upstream * mask[:, :, None]])
+
+    def made(attention: str) -> nn.Module:
+        model: Any = build()
+        model.set_attn_implementation(attention)
+        return model.to(device.where, DTYPES[dtype])
+
+    def run(model: nn.Module, call: Callable[..., Any] | None = None) -> Maker:
+        parameters = list(model.parameters())
+        forward = call or model
+
+        def hidden(tokens: Tensor, mask: Tensor) -> Tensor:
+            return forward(input_ids=tokens, attention_mask=mask).last_hidden_state
+
+        return lambda inputs: directed(hidden, inputs, direction, parameters)
+
+    def flash() -> Maker:
+        package("flash_attn", "flash-attn")
+        return run(made("flash_attention_2"))
+
+    def compiled() -> Maker:
+        model = made("sdpa")
+        return run(model, torch.compile(model, dynamic=False))
+
+    def fused() -> Maker:
+        model = made("sdpa")
+        fusenc.fuse(model)
+        return run(model)
+
+    def reference() -> Maker:
+        model = made("eager")
+        return lambda inputs: run(model.to(inputs.upstream[0].dtype))(inputs)
+
+    def real_tokens(results: list[Tensor | None]) -> list[Tensor | None]:
+        real = ids()[1].bool()
+        return [t[real.to(t.device)] if t is not None and t.shape == rows else t for t in results]
+
+    providers: dict[str, Provider] = {
+        "hf-eager": lambda: run(made("eager")), "hf-sdpa": lambda: run(made("sdpa")), "hf-flash": flash,
+        "compile": compiled, "fusenc": fused,
+    }  # fmt: skip
+    views: dict[str, View] = dict.fromkeys((*providers, "reference"), real_tokens)
+    tokens, pairs = sum(lengths), sum(n * n for n in lengths)
+    flops, moved = work(tokens, pairs, width, 12 * width * width, direction)
+    return Case(
+        "model", name, dtype, direction, inputs, providers, ("hf-sdpa",), {}, reference, "", views,
+        LARGEST_DIFFERENCE_OF_A_MODEL, LAYERS * flops, LAYERS * moved * DTYPES[dtype].itemsize, tokens, sizes,
+    )  # fmt: skip

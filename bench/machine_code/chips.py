@@ -20,6 +20,7 @@ class Chip:
     arch: str
     short: str
     name: str
+    reported: str
     vendor: str
     target: int | str
     warp: int
@@ -72,3 +73,8 @@ def chosen(archs: Sequence[str]) -> list[Chip]:
         if arch not in chips():
             raise ValueError(f"unknown arch {arch!r}, expected one of {', '.join(chips())}")
     return [chips()[arch] for arch in archs]
+
+
+def reported(name: str) -> Chip | None:
+    """The chip that torch or its driver calls by this name; None for one that the table does not hold."""
+    return next((chip for chip in chips().values() if chip.reported in name), None)

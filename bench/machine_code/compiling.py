@@ -74,6 +74,7 @@ def record_launches(arch: str = "") -> Iterator[list[Launch]]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(backend, "use_triton", use_triton),
+        mock.patch.object(backend, "plain_cpu", lambda x: False),
         mock.patch.object(launch, "compute_units", lambda index: 108),
         mock.patch.object(launch, "architecture", lambda index: arch),
     ):

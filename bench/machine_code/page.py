@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import fusenc
 import jinja2
-import matplotlib
 import triton
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from ..charts import styled, svg
 from . import chips, report
 from .figures import Figures
 
@@ -21,13 +19,7 @@ from .figures import Figures
 def render(all_figures: Sequence[Figures]) -> str:
     """The page's HTML; plots are inline SVG, so the file needs nothing else."""
     archs = list(dict.fromkeys(f.arch for f in all_figures))
-    style: dict[Any, Any] = {
-        "svg.hashsalt": "fusenc",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with matplotlib.rc_context(style):
+    with styled():
         charts = {arch: _bars([f for f in all_figures if f.arch == arch]) for arch in archs}
         rooflines = {arch: _roofline([f for f in all_figures if f.arch == arch]) for arch in archs}
     environment = jinja2.Environment(
@@ -37,13 +29,6 @@ def render(all_figures: Sequence[Figures]) -> str:
         version=fusenc.__version__, triton=triton.__version__, archs=archs, figures=all_figures, chips=chips.chips(),
         charts=charts, rooflines=rooflines, mix=report.mix, widths=report.widths, bound=report.bound,
     )  # fmt: skip
-
-
-def _svg(figure: Figure) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
 
 
 def _bars(figures: list[Figures]) -> str:
@@ -74,7 +59,7 @@ def _bars(figures: list[Figures]) -> str:
             axis.set_xlim(0, limit)
             axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     figure.tight_layout()
-    return _svg(figure)
+    return svg(figure)
 
 
 def _roofline(figures: list[Figures]) -> str:
@@ -104,4 +89,4 @@ def _roofline(figures: list[Figures]) -> str:
     axis.set_title("Roofline, and the best case of each matrix kernel without overlap inside a warp", fontsize=9)
     axis.legend(fontsize=7, loc="lower right")
     axis.grid(alpha=0.3)
-    return _svg(figure)
+    return svg(figure)
