@@ -32,7 +32,11 @@ setup(
     python_requires=">=3.11",
     package_dir=FOLDERS,
     packages=PACKAGES,
-    package_data={"fusenc": ["py.typed"], "fusenc.bench": ["page.html"], "fusenc.bench.machine_code": ["budget.csv", "chips.toml", "page.html"]},
+    package_data={
+        "fusenc": ["py.typed"],
+        "fusenc.bench": ["page.html"],
+        "fusenc.bench.machine_code": ["budget.csv", "chips.toml", "page.html"],
+    },
     install_requires=["torch>=2.13,<3", "numpy>=2", "platformdirs>=4.11", "triton>=3.9,<4; sys_platform == 'linux'"],
     extras_require={"hf": HF, "bench": BENCH, "demo": DEMO, "dev": DEV},
     entry_points={"console_scripts": ["fusenc = fusenc.bench.cli:main"]},

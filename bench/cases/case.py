@@ -232,7 +232,7 @@ def points(
         if not needs_heads:
             chosen = dataclasses.replace(chosen, heads=grid.heads[:1])
         for values in itertools.product(*dataclasses.astuple(chosen)):
-            point = Point(*values, device.kind, device.where)
+            point = Point(*values, device.kind, device.where)  # type: ignore[call-arg]
             if needs_heads and point.width % point.heads:
                 raise ValueError(f"--heads: expected a divisor of width {point.width}, got {point.heads}")
             seen.setdefault(point)

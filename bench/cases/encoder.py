@@ -50,7 +50,9 @@ def cases(given: Given, device: Device) -> list[Case]:
     found = []
     for point in points(GRIDS, given, device):
         found += [case(point, dropout) for dropout in ((0.0, 0.1) if point.direction == "both" else (0.0,))]
-    if "forward" in given.get("direction", ("forward",)) and "float32" in given.get("dtype", GRIDS[device.kind][0].dtype):
+    if "forward" in given.get("direction", ("forward",)) and "float32" in given.get(
+        "dtype", GRIDS[device.kind][0].dtype
+    ):
         found.append(_encode(device))
     return found
 

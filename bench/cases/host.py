@@ -98,8 +98,8 @@ def _ours(name: str) -> Any:
     return getattr(fusenc.kernels, name)
 
 
-def _sdpa(*qkv: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*qkv)
+def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor, starts: Tensor) -> Tensor:
