@@ -18,6 +18,7 @@ DEV = [
     "mypy>=2.4",
     "peft>=0.21",
     "pytest>=9.2",
+    "pytest-benchmark>=5.3",
     "pytest-xdist>=3.8",
     "ruff>=0.17",
 ]

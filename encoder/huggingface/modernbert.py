@@ -108,8 +108,10 @@ class _FusedLayer(nn.Module):
         else:
             query, key = kernels.rotary(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
             window = (reach, reach) if windowed and reach is not None else None
-            heads: Any = (query, key, value.transpose(1, 2))
-            attended = kernels.attention(*heads, attention_mask, dropout_p, window=window).transpose(1, 2)
+            attention: Any = kernels.attention
+            attended = attention(
+                query, key, value.transpose(1, 2), attention_mask, dropout_p, window=window
+            ).transpose(1, 2)  # fmt: skip
         out_drop = attn.out_drop
         normed, x = kernels.add_norm(
             attn.Wo(attended.flatten(-2)), x, mlp_norm.weight, mlp_norm.bias, eps=mlp_norm.eps,
