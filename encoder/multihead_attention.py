@@ -219,10 +219,11 @@ def check_hint(is_causal: bool, attn_mask: Tensor | None) -> None:
 
 def merged_mask(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, hinted: bool, query: Tensor,
-    sizes: tuple[int, int, int, int],
+    sizes: tuple[int, int, int, int], names: tuple[str, str] = ("attn_mask", "key_padding_mask"),
 ) -> tuple[Tensor | None, bool]:  # fmt: skip
     """One mask with the kernels' meaning (bool with True taking part, or floating and added), and whether attention is
-    causal instead: a hint, `hinted`, stands for the mask where there is no padding, as in torch."""
+    causal instead: a hint, `hinted`, stands for the mask where there is no padding, as in torch. `names` are those of
+    the masks in warnings."""
     if key_padding_mask is None:
         if attn_mask is None:
             return None, False
@@ -231,9 +232,9 @@ def merged_mask(
     batch, nhead, len_q, len_k = sizes
     if attn_mask is not None and key_padding_mask is not None and attn_mask.dtype != key_padding_mask.dtype:
         key_padding_mask = F._canonical_mask(  # warns, as torch does, that mixed mask types are deprecated
-            key_padding_mask, "key_padding_mask", attn_mask.dtype, "attn_mask", query.dtype
+            key_padding_mask, names[1], attn_mask.dtype, names[0], query.dtype
         )
-        attn_mask = F._canonical_mask(attn_mask, "attn_mask", None, "", query.dtype, False)
+        attn_mask = F._canonical_mask(attn_mask, names[0], None, "", query.dtype, False)
     masks = []
     if attn_mask is not None:
         masks.append(attn_mask if attn_mask.dim() == 2 else attn_mask.view(batch, nhead, len_q, len_k))

@@ -59,9 +59,9 @@ class TransformerEncoder(nn.TransformerEncoder):
         """Why not all layers run fused, or "" if they do (once `fuse` has replaced torch's)."""
         if "forward" in self.__dict__:
             return "it has a forward of its own"
-        fused = isinstance(self, TransformerEncoder)
+        to_be_fused = not isinstance(self, TransformerEncoder)
         for name, layer in self.layers.named_children():
-            if type(layer) is not TransformerEncoderLayer and (fused or type(layer) is not nn.TransformerEncoderLayer):
+            if not (_is_fused(layer) or (to_be_fused and type(layer) is nn.TransformerEncoderLayer)):
                 return f"layers.{name} is a {type(layer).__module__}.{type(layer).__name__}"
             reason = TransformerEncoderLayer.why_not_fused(layer)  # type: ignore[arg-type]
             if reason:
@@ -80,7 +80,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         `src` may also be packed or nested; then there is no `src_key_padding_mask`, and `mask` is as in the layer.
         """
         ragged = isinstance(src, PackedTokens) or src.is_nested
-        if not all(type(layer).forward is TransformerEncoderLayer.forward for layer in self.layers):
+        if not all(_is_fused(layer) for layer in self.layers):
             if ragged:
                 return self._unfused(src, mask, src_key_padding_mask, is_causal)
             return super().forward(src, mask, src_key_padding_mask, is_causal)
@@ -167,6 +167,10 @@ class TransformerEncoder(nn.TransformerEncoder):
         """Whether every layer runs fused on tokens like these, without hooks, which would find them packed."""
         layers: Any = self.layers
         return all(not has_hooks(layer) and layer._fits(x) and not layer.why_not_fused() for layer in layers)
+
+
+def _is_fused(layer: nn.Module) -> bool:
+    return type(layer).forward is TransformerEncoderLayer.forward  # a subclass may have one of its own
 
 
 def _is_by_row(norm: nn.Module | None) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -14,6 +13,7 @@ from . import kernels
 from .kernels.attention.eager import MAX_HEAD_DIM
 from .kernels.common import checks
 from .modules import activation_name, why_not_plain
+from .multihead_attention import batch_and_length, check_hint, masks_fit, merged_mask
 from .packing import PackedTokens, PaddedPacking, in_the_kind_of
 
 _PARTS: tuple[tuple[str, type[nn.Module]], ...] = (
@@ -27,6 +27,8 @@ _PARTS: tuple[tuple[str, type[nn.Module]], ...] = (
     ("dropout2", nn.Dropout),
 )
 _WEIGHTED = tuple(name for name, _ in _PARTS[:5])
+
+_BLOCKS = ("_sa_block", "_ff_block")
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -57,6 +59,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             return "self_attn has options that are not fused"
         if attn.head_dim > MAX_HEAD_DIM:
             return f"the head size is above {MAX_HEAD_DIM}"
+        for name in _BLOCKS:
+            if getattr(type(self), name) is not getattr(nn.TransformerEncoderLayer, name) or name in self.__dict__:
+                return f"it has a {name} of its own"
         return why_not_plain([("self_attn.out_proj", attn.out_proj, NonDynamicallyQuantizableLinear)])
 
     def forward(
@@ -74,41 +79,21 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         """
         if isinstance(src, PackedTokens) or src.is_nested:
             return self._forward_ragged(src, src_mask, src_key_padding_mask, is_causal)
-        if self.why_not_fused() or not self._serves(src, src_mask, src_key_padding_mask, is_causal):
+        attn: Any = self._modules["self_attn"]
+        sizes = None
+        if not self.why_not_fused() and src.dim() in (2, 3) and self._fits(src):
+            batch, length = batch_and_length(src, attn.batch_first)
+            sizes = (batch, attn.num_heads, length, length)
+        if sizes is None or not masks_fit(src_mask, src_key_padding_mask, src, sizes):
             # Torch's own forward computes what we do not, and raises its own errors for bad input.
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        if src_mask is None and src_key_padding_mask is None:
-            mask, causal = None, False
-        elif is_causal and src_key_padding_mask is None:
-            mask, causal = None, True  # as in torch, the hint stands for the mask
-        else:
-            mask, causal = self._merged_mask(src, src_mask, src_key_padding_mask), False
+        check_hint(is_causal, src_mask)
+        mask, causal = merged_mask(
+            src_mask, src_key_padding_mask, is_causal, src, sizes, ("src_mask", "src_key_padding_mask")
+        )
         if src.dim() == 2:
             return self._layer(src.unsqueeze(0), True, mask, causal).squeeze(0)
-        attn: Any = self._modules["self_attn"]
         return self._layer(src, attn.batch_first, mask, causal)
-
-    def _serves(
-        self, src: Tensor, src_mask: Tensor | None, src_key_padding_mask: Tensor | None, is_causal: bool
-    ) -> bool:
-        """True if torch would take these inputs, and the weights are of their dtype."""
-        if src.dim() not in (2, 3) or not self._fits(src):
-            return False
-        if src_mask is None and src_key_padding_mask is None:
-            return not is_causal
-        attn: Any = self._modules["self_attn"]
-        batch, length = _batch_and_length(src, attn.batch_first)
-        if src_key_padding_mask is not None:
-            if src_key_padding_mask.shape != ((batch, length) if src.dim() == 3 else (length,)):
-                return False
-            if not (src_key_padding_mask.dtype == torch.bool or src_key_padding_mask.is_floating_point()):
-                return False
-        if src_mask is not None:
-            if src_mask.shape not in ((length, length), (batch * attn.num_heads, length, length)):
-                return False
-            if not (src_mask.dtype == torch.bool or src_mask.is_floating_point()):
-                return False
-        return not (is_causal and src_mask is None)
 
     def _fits(self, src: Tensor) -> bool:
         """True if the width is the layer's and the weights are of the dtype of `src`."""
@@ -121,24 +106,6 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             if weight is not None and weight.dtype is not dtype:
                 return torch.is_autocast_enabled(src.device.type)
         return True
-
-    def _merged_mask(self, src: Tensor, src_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor:
-        """One mask with the kernels' meaning: bool with True taking part, or floating and added."""
-        attn = self.self_attn
-        batch, length = _batch_and_length(src, attn.batch_first)
-        if key_padding_mask is not None:
-            key_padding_mask = key_padding_mask.view(batch, 1, 1, length)
-        if src_mask is not None:
-            src_mask = _as_planes(src_mask, attn.num_heads)
-        masks = [m for m in (src_mask, key_padding_mask) if m is not None]
-        if all(m.dtype == torch.bool for m in masks):
-            return ~(masks[0] | masks[1]) if len(masks) == 2 else ~masks[0]
-        if len(masks) == 2 and masks[0].dtype != masks[1].dtype:
-            masks = [  # warns, as torch does, that mixed mask types are deprecated
-                F._canonical_mask(m, "src_key_padding_mask", masks[0].dtype, "src_mask", src.dtype)  # type: ignore[misc]
-                for m in masks
-            ]
-        return masks[0] + masks[1] if len(masks) == 2 else masks[0]
 
     def _forward_ragged(
         self, src: PackedTokens | Tensor, src_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool
@@ -178,12 +145,6 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             dropout_p=dropout.p if dropout.training else 0.0,
             dropout2_p=dropout2.p if dropout2.training else 0.0,
         )  # fmt: skip
-
-
-def _batch_and_length(src: Tensor, batch_first: bool) -> tuple[int, int]:
-    if src.dim() == 2:
-        return 1, src.shape[0]
-    return (src.shape[0], src.shape[1]) if batch_first else (src.shape[1], src.shape[0])
 
 
 def _as_planes(mask: Tensor, nhead: int) -> Tensor:
