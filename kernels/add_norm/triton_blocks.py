@@ -150,5 +150,5 @@ def store_block(ptrs, value, row_ok, column_ok, CHECK_ROWS: tl.constexpr, CHECK_
 
 @triton.jit
 def reciprocal_deviation(variance, eps):
-    """1 / sqrt(variance + eps); 0 for a constant row without eps, whose normalised values then are 0."""
-    return tl.where(variance + eps < 1.1754944e-38, 0.0, tl.math.rsqrt(tl.maximum(variance + eps, 1.1754944e-38)))
+    """1 / sqrt(variance + eps); 0 for a constant row without eps, whose normalised values then are 0. Keeps a NaN."""
+    return tl.where(variance + eps < 1.1754944e-38, 0.0, tl.math.rsqrt(variance + eps))

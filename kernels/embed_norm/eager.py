@@ -136,7 +136,7 @@ def _normalise(z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
     centred = wide if rms else wide - wide.mean(-1, keepdim=True)
     variance = (centred * centred).mean(-1, keepdim=True)
-    out = (centred * torch.where(variance > 0.0, variance, torch.inf).rsqrt()).to(z.dtype)
+    out = (centred * torch.where(variance == 0.0, torch.inf, variance).rsqrt()).to(z.dtype)
     out = out if weight is None else out * weight
     return out if bias is None else out + bias
 
@@ -162,7 +162,7 @@ def statistics(tables: Tables, options: Options) -> tuple[Tensor, Tensor]:
     else:
         variance, mean = torch.var_mean(z, -1, correction=0)
     variance = variance + options.eps
-    return mean, torch.where(variance > 0.0, variance, torch.inf).rsqrt()
+    return mean, torch.where(variance == 0.0, torch.inf, variance).rsqrt()
 
 
 def embed_norm_backward(

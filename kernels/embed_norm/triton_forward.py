@@ -79,7 +79,7 @@ def embed_norm_forward_kernel(
             centred = centred + (piece,)
             squares += piece * piece
         variance = tl.sum(squares, 1) / width + eps
-        rstd = tl.where(variance > 0.0, tl.math.rsqrt(variance), 0.0)
+        rstd = tl.where(variance == 0.0, 0.0, tl.math.rsqrt(variance))  # keeps a NaN
         for chunk in tl.static_range(CHUNKS):
             out = centred[chunk] * rstd[:, None]
             if HAS_WEIGHT:

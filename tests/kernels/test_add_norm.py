@@ -296,6 +296,19 @@ def test_a_constant_row_without_eps_is_finite(device, norm, width, dtype):
     assert all(g.isfinite().all() for g in torch.autograd.grad(out, leaves, torch.ones_like(out)))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("width", [32, 20000])
+def test_what_is_not_finite_spreads_over_its_row_as_in_torch(device, width, norm, value):
+    """A NaN that became a number would pass a gradient scaler."""
+    x = torch.randn(3, width, device=device)
+    x[1, 3] = value
+    for eps in (1e-5, 0.0):
+        out = add_norm(x, None, None, norm=norm, eps=eps)
+        expected = F.rms_norm(x, (width,), None, eps) if norm == "rms" else F.layer_norm(x, (width,), None, None, eps)
+        assert torch.equal(out.isnan(), expected.isnan())
+
+
 def test_large_mean_in_wide_rows(device):
     x, r, w, b = tensors(2, 20000, device)
     assert_contract(add_norm, plain, [x + 100, r, w, b], torch.float32, summed={2: 2, 3: 2})

@@ -240,6 +240,17 @@ def test_a_row_without_variance_is_finite(device, norm):
 
 
 @kernel
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_what_is_not_finite_spreads_over_its_token_as_in_torch(device, norm):
+    word = torch.randn(3, 16, device=device)
+    word[0, 3], word[1, 5] = float("nan"), float("inf")
+    ids = torch.arange(3, device=device)
+    for eps in (1e-6, 0.0):
+        expected = plain(ids, word, rms=norm == "rms", eps=eps)
+        assert torch.equal(embed_norm(ids, word, norm=norm, eps=eps).isnan(), expected.isnan())
+
+
+@kernel
 def test_two_runs_give_the_same_bits(device):
     ids, kinds = tokens((20, 30), device)
 
