@@ -63,7 +63,7 @@ def demo(
 def bench(
     ops: Annotated[
         list[str] | None,
-        typer.Argument(help="host, add_norm, embed_norm, rotary, attention, ffn, layer, model, encoder or all; "
+        typer.Argument(help="host, add_norm, embed_norm, rotary, attention, ffn, layer, model, encoder, decoder, all; "
                             "or: compare A.json B.json."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16, float32; with commas, as what follows.")] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..timing import Device
-from . import add_norm, attention, embed_norm, encoder, ffn, host, layer, model, rotary
+from . import add_norm, attention, decoder, embed_norm, encoder, ffn, host, layer, model, rotary
 from .case import Case, Given
 
 OPS: dict[str, Callable[[Given, Device], list[Case]]] = {
@@ -18,6 +18,7 @@ OPS: dict[str, Callable[[Given, Device], list[Case]]] = {
     "layer": layer.cases,
     "model": model.cases,
     "encoder": encoder.cases,
+    "decoder": decoder.cases,
 }
 """Each gives the cases of its op at the sizes asked for, on a device."""
 

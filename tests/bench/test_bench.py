@@ -34,7 +34,7 @@ def made(op, **given):
 
 GRIDS = {
     "add_norm": {}, "embed_norm": {}, "rotary": {}, "attention": {"fill": (1.0, 0.6)}, "ffn": {},
-    "layer": {"fill": (1.0, 0.6)},
+    "layer": {"fill": (1.0, 0.6)}, "decoder": {"fill": (1.0, 0.6)},
 }  # fmt: skip
 
 

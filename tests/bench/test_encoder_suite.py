@@ -1,28 +1,18 @@
-"""The benchmark of encoders: what it compares, and that it times nothing whose values are wrong."""
+"""The benchmark of whole encoders: the batches it makes of real text, and that nothing wrong gets a time."""
 
 from __future__ import annotations
 
 import fusenc
 import pytest
 import torch
-from fusenc.bench.cases import encoder
-from fusenc.bench.commands import app
-from typer.testing import CliRunner
+from fusenc.bench import cases, measure, timing
+from fusenc.bench.cases import encoder, model
 
-REAL = torch.arange(4) < torch.tensor([[4], [1], [2]])
-
-
-def test_torch_encoders_are_compared_in_inference_and_training():
-    cases = encoder._torch_nn(REAL, "half full")
-    assert [case.target for case in cases] == [1.1, 1.6, 1.6]
-    assert [case.name.split(", ", 2)[2] for case in cases] == ["inference", "training", "training, dropout 0.1"]
-    assert cases[0].theirs_is.endswith(("fast path", "plain path"))
-    for case in cases:
-        case.theirs(), case.ours()
+TINY = {"batch": (3,), "length": (4,), "width": (32,), "heads": (2,), "fill": (0.5,), "direction": ("both",)}
 
 
 @pytest.mark.parametrize("wrong", ["weight", "gradient"])
-def test_wrong_values_are_not_timed(monkeypatch, wrong):
+def test_an_encoder_with_wrong_values_is_not_timed(monkeypatch, wrong):
     right = fusenc.fuse
 
     def fuse(model):
@@ -35,38 +25,32 @@ def test_wrong_values_are_not_timed(monkeypatch, wrong):
             parameter.register_hook(lambda gradient: 1.01 * gradient)
 
     monkeypatch.setattr(fusenc, "fuse", fuse)
-    with pytest.raises(encoder.WrongValuesError, match=r"TransformerEncoder 3x4, .*no time is measured"):
-        encoder._torch_nn(REAL, "half full")
+    case = cases.cases(["encoder"], TINY, timing.Cpu())[0]
+    outcomes = measure.measure(case, timing.Cpu(), ["torch.nn", "fusenc"], measure.Limits(3, 0.0))
+    assert outcomes["fusenc"].status == measure.WRONG and not outcomes["fusenc"].seconds
+    assert outcomes["torch.nn"].status == measure.MEASURED and len(outcomes["torch.nn"].seconds) == 3
 
 
-@pytest.mark.parametrize("difference", [1e-3, float("nan")], ids=str)
-def test_agree_finds_one_element(difference):
-    expected = [torch.zeros(2), torch.full((3, 4), 5.0)]
-    given = [t.clone() for t in expected]
-    encoder.agree("same", expected, given)
-    given[1][2, 3] += difference
-    with pytest.raises(encoder.WrongValuesError, match="a name: values differ by"):
-        encoder.agree("a name", expected, given)
+def test_targets_are_those_of_the_encoder():
+    found = cases.cases(["encoder"], TINY | {"fill": (1.0, 0.5), "direction": ("forward", "both")}, timing.Cpu())
+    targets = {(c.sizes["fill"], c.direction): set(c.targets.values()) for c in found if c.sizes}
+    assert targets == {(1.0, "forward"): {0.97}, (1.0, "both"): set(), (0.5, "forward"): {1.1}, (0.5, "both"): {1.6}}
+    assert model.TARGETS["half full"] == {"forward": 1.8, "both": 1.6}
 
 
-def test_batches_are_half_full_and_full():
+def test_batches_of_sentences_are_half_full_and_full():
     lengths = [5 + (7 * i) % 40 for i in range(400)]
-    sentences = [f"{i}" for i in range(400)]
-    by_sentence = dict(zip(sentences, lengths, strict=True))
-    chosen = [by_sentence[s] for s in encoder.half_full(sentences, lengths)]
+    chosen = [lengths[i] for i in model._half_full(lengths)]
     assert len(chosen) == 32 and abs(sum(chosen) / (32 * max(chosen)) - 0.5) < 0.1
     with_enough = [*lengths[:-40], *[9] * 40]
-    equal = encoder.full(sentences, with_enough)
-    assert len(equal) == 32 and {with_enough[int(s)] for s in equal} == {9}
+    equal = model._full(with_enough)
+    assert len(equal) == 32 and {with_enough[i] for i in equal} == {9}
 
 
-def test_the_command_refuses(monkeypatch):
-    from fusenc.bench import measure
-
-    def cases():
-        encoder.agree("a case", [torch.zeros(1)], [torch.ones(1)])
-
-    monkeypatch.setattr(measure, "SUITES", {"encoder": cases})
-    result = CliRunner().invoke(app, ["bench", "encoder"])
-    assert result.exit_code == 1 and "a case: values differ by 1.0e+00" in result.output
-    assert "times as fast" not in result.output
+def test_shares_of_sentences_hold_the_batches_of_one_call():
+    sentences = ["x" * (1 + (37 * i) % 211) for i in range(2000)]
+    ordered = sorted(sentences, key=len, reverse=True)
+    shares = encoder._shares(sentences)
+    assert max(len(share) for share in shares) == encoder.AT_ONCE * 32
+    batches = [share[i : i + 32] for share in shares for i in range(0, len(share), 32)]
+    assert sorted(batches) == sorted(ordered[i : i + 32] for i in range(0, 2000, 32))
