@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,7 +159,8 @@ def _measure(
         replace(file, results.text(kept))  # a file that cannot be written shows before anything is measured
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*nested tensors is in prototype")  # torch.nn's fast path makes some
         task = progress.add_task("", total=len(todo))
         for case in todo:
             progress.update(task, description=case.key)

@@ -110,6 +110,10 @@ def _weights(query: Tensor, key: Tensor) -> Tensor:
     return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
 
 
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return _weights(query, key) @ value
+
+
 def _ours_embed(*arguments: Tensor) -> Tensor:
     *tables, ids, types, _ = arguments
     return _ours("embed_norm")(ids, *tables, token_type_ids=types)
@@ -141,6 +145,9 @@ FUNCTIONS = {
     ),
     "attention_weights": Function(
         lambda q, k: _ours("attention_weights")(q, k), _weights, (_HEAD,) * 2, heads=True, gradients=False
+    ),
+    "attention_with_weights": Function(
+        lambda *qkv: _ours("attention_with_weights")(*qkv)[0], _attention, (_HEAD,) * 3, out=(_HEAD,), heads=True
     ),
     "add_norm": Function(
         lambda *tensors: _ours("add_norm")(*tensors), add_norm.layer_norm, (_ROW, _ROW, *_NORM)

@@ -17,7 +17,7 @@ from ..demo import DemoError, load, tokenize
 from ..text import docstring_sentences, documentation_sentences
 from ..timing import Device
 from .case import AbsentError, Case, Given, Grid, Inputs, Maker, Provider, View, directed, package, points
-from .layer import work
+from .layer import DROPOUT, work
 
 GRIDS = {
     "cpu": [Grid(("float32",), (16,), (64,), (384,), (12,), (1.0, 0.58))],
@@ -32,7 +32,13 @@ def cases(given: Given, device: Device) -> list[Case]:
     """The packaged encoder on real sentences; where a size is asked for, and on a GPU, random weights of that size."""
     if device.kind == "cpu" and not set(given) - {"direction", "dtype"}:
         directions, dtypes = given.get("direction", ("forward", "both")), given.get("dtype", ("float32",))
-        return [_packaged(fill, dtype, d, device) for dtype in dtypes for fill in TARGETS for d in directions]
+        return [
+            _packaged(fill, dtype, d, dropout, device)
+            for dtype in dtypes
+            for fill in TARGETS
+            for d in directions
+            for dropout in ((False, True) if d == "both" else (False,))
+        ]
     found = []
     for point in points(GRIDS, given, device):
         config = functools.partial(_config, point.width, point.heads, point.length)
@@ -109,22 +115,28 @@ def _full(lengths: Sequence[int]) -> Sequence[int]:
     return [i for i, n in enumerate(lengths) if n == length][:SENTENCES]
 
 
-def _packaged(fill: str, dtype: str, direction: str, device: Device) -> Case:
+def _packaged(fill: str, dtype: str, direction: str, dropout: bool, device: Device) -> Case:
+    drop = "dropout 0.1, " if dropout else ""
     try:
         ids, mask = batch(fill)
     except AbsentError as absent:
-        return missing("model", f"MiniLM, {fill}, {dtype}, {direction}", dtype, direction, absent)
+        return missing("model", f"MiniLM, {fill}, {drop}{dtype}, {direction}", dtype, direction, absent)
     model, _ = packaged()
     lengths, (rows, longest) = mask.sum(1).tolist(), mask.shape
     width = int(model.config.hidden_size)
     sizes = {"kind": fill, "batch": rows, "length": longest, "width": width, "fill": sum(lengths) / mask.numel()}
-    name = f"MiniLM, {rows}x{longest}, fill {sizes['fill']:.2f}, {dtype}, {direction}"
+    name = f"MiniLM, {rows}x{longest}, fill {sizes['fill']:.2f}, {drop}{dtype}, {direction}"
 
     def tokens() -> tuple[Tensor, Tensor]:
         return ids.to(device.where), mask.to(device.where)
 
-    case = _case(name, dtype, direction, device, functools.partial(copy.deepcopy, model), tokens, lengths, sizes)
-    # The models stay in evaluation mode, so training is without dropout.
+    def build() -> nn.Module:
+        made = copy.deepcopy(model)
+        return made.train(dropout)  # without, gradients are those of evaluation mode
+
+    case = _case(name, dtype, direction, device, build, tokens, lengths, sizes)
+    if dropout:
+        case.reference, case.unchecked = None, DROPOUT
     if direction in TARGETS[fill] and dtype == "float32" and device.kind == "cpu":
         case.targets = {"fusenc": TARGETS[fill][direction]}
     return case
