@@ -15,7 +15,7 @@ from .transformer_encoder_layer import TransformerEncoderLayer, as_packed, mask_
 
 FULLEST = 0.85
 """Share of real tokens up to which a padded batch is packed on a CPU (docs/torch_nn.md has the measurement)."""
-LEAST_WORK = 2_000_000
+LEAST_WORK = 3_000_000
 """Multiply-adds that a layer's products would have to spend on the padding of a sequence, on average, for it to pay:
 attention of a sequence of its own costs as much."""
 
@@ -29,8 +29,8 @@ class TransformerEncoder(nn.TransformerEncoder):
     output, of the shape of the input, is 0 at the padding. `pack_padding` decides:
 
     - None (the default): on a CPU if `enable_nested_tensor` is left True, at most 85 % of the tokens are real, and the
-      work saved outweighs what packing costs (2 million multiply-adds a sequence in each layer: hardly ever at width
-      64, with 5 padded tokens a sequence at width 256). Never on a GPU, where the number of tokens would have to be
+      work saved outweighs what packing costs (3 million multiply-adds a sequence in each layer: hardly ever at width
+      64, with 4 padded tokens a sequence at width 256). Never on a GPU, where the number of tokens would have to be
       waited for.
     - True: whenever it can be done, on a GPU too.
     - False: never.

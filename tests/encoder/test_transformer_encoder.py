@@ -570,13 +570,13 @@ def test_packed_on_the_gpu_path(device, backend, norm_first):
 
 @pytest.mark.kernel
 def test_a_gpu_is_not_waited_for_unless_asked(device, packings):
-    layer = fusenc.TransformerEncoderLayer(64, 1, 256, dropout=0.0, batch_first=True)
+    layer = fusenc.TransformerEncoderLayer(64, 2, 256, dropout=0.0, batch_first=True)
     encoder = fusenc.TransformerEncoder(layer, 1).to(device)
-    padding = torch.arange(64, device=device)[None] >= 8
+    padding = torch.arange(72, device=device)[None] >= 8
     with torch.no_grad():
-        encoder(torch.randn(1, 64, 64, device=device), src_key_padding_mask=padding)
+        encoder(torch.randn(1, 72, 64, device=device), src_key_padding_mask=padding)
     assert bool(packings) == (device == "cpu")
 
 
 def test_the_rule_is_the_documented_one():
-    assert (transformer_encoder.FULLEST, transformer_encoder.LEAST_WORK) == (0.85, 2_000_000)
+    assert (transformer_encoder.FULLEST, transformer_encoder.LEAST_WORK) == (0.85, 3_000_000)
