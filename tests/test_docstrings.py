@@ -7,9 +7,9 @@ import inspect
 
 import fusenc
 import pytest
-from fusenc import kernels
+from fusenc import kernels, packing
 
-PUBLIC = {name: getattr(module, name) for module in (fusenc, kernels) for name in module.__all__}
+PUBLIC = {name: getattr(module, name) for module in (fusenc, kernels, packing) for name in module.__all__}
 
 
 @pytest.mark.parametrize("name", [name for name, thing in PUBLIC.items() if not inspect.ismodule(thing)])

@@ -256,8 +256,17 @@ def test_the_rule_can_be_overridden(packings):
     assert not packs(encoder)
     encoder.pack_padding = True
     assert packs(encoder)
+    encoder = fusenc.TransformerEncoder(layer, 1)
     encoder.pack_padding = False
     assert not packs(encoder)
+
+
+def test_a_floating_mask_that_is_more_than_padding_is_added(packings):
+    theirs, ours = pair()
+    ours.pack_padding = True
+    mask = torch.zeros(4, 7).masked_fill(KPM, -2.0)
+    assert_same(theirs, ours, torch.randn(4, 7, 32), torch.ones(4, 7, dtype=torch.bool), src_key_padding_mask=mask)
+    assert not packings
 
 
 def test_packs_once_and_runs_every_layer_and_the_norm_on_packed_tokens(packings, monkeypatch):
@@ -419,8 +428,14 @@ def test_ragged_batches_go_through_unfused_layers_too(kind, mask, reason):
 
 
 def test_an_empty_sequence_through_an_unfused_layer_is_finite():
+    """Also through one that forms attention weights, of which torch makes NaN where every key is masked."""
     _, ours = pair()
-    ours.layers[0].linear1.register_forward_hook(lambda *args: None)
+
+    def attend(x, attn_mask, key_padding_mask, is_causal=False):
+        return ours.layers[0].self_attn(x, x, x, key_padding_mask=key_padding_mask)[0]
+
+    ours.layers[0]._sa_block = attend
+    assert "_sa_block" in ours.why_not_fused()
     out = ours(PackedTokens(torch.randn(5, 32), torch.tensor([0, 2, 2, 5])))
     out.data.sum().backward()
     assert out.data.isfinite().all() and all(p.grad.isfinite().all() for p in ours.parameters())

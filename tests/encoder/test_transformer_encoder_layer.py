@@ -180,6 +180,24 @@ def test_hooks_and_replaced_parts_are_respected():
     assert ours(x).shape == x.shape
 
 
+def test_blocks_of_a_subclass_are_respected():
+    class Doubled(fusenc.TransformerEncoderLayer):
+        def _ff_block(self, x):
+            return 2 * super()._ff_block(x)
+
+    _, ours = pair(batch_first=True)
+    x = torch.randn(3, 7, 48)
+    before = ours(x)
+    ours.__class__ = Doubled
+    assert "_ff_block" in ours.why_not_fused() and not torch.allclose(ours(x), before)
+
+
+def test_a_hint_without_a_mask_raises_in_inference_too():
+    _, ours = pair(batch_first=True)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
+        ours.eval()(torch.randn(3, 7, 48), is_causal=True)
+
+
 def test_inside_nn_transformer_encoder():
     theirs, ours = pair(batch_first=True, activation="gelu")
     x = torch.randn(3, 7, 48)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from contract import assert_contract, assert_same, output_and_gradients
 from fusenc.kernels import LayerWeights, encoder_layer, last_backend, use_backend
-from tolerances import SAME_ALGORITHM
+from fusenc.kernels.encoder_layer import api
+from tolerances import HALF_PRECISION, SAME_ALGORITHM, SAME_ALGORITHM_64
 
 pytestmark = pytest.mark.kernel
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -115,14 +116,16 @@ def test_option(device, case, norm_first):
     hold(src[:1, :1] if case == "one token" else src, weights, torch.float32, norm_first=norm_first, **options)
 
 
-def chain_and_one(src, weights, **options):
+def chain_and_one(src, weights, backend="auto", **options):
     """Results and gradients of the chain on eager PyTorch and of the one call, with the same dropout."""
     given, join = split(weights)
     results = []
-    for backend in ("eager", "auto"):
+    for used, chained in (("eager", True), (backend, False)):
         leaves = [t.detach().clone().requires_grad_() for t in (src, *given)]
         torch.manual_seed(5)
-        with use_backend(backend):
+        with use_backend(used), pytest.MonkeyPatch.context() as patch:
+            if chained:
+                patch.setattr(api, "_in_one", lambda *args: False)
             out = encoder_layer(leaves[0], join(leaves[1:]), HEADS, **options)
             results.append(output_and_gradients(out, leaves))
     return results
@@ -141,12 +144,30 @@ def test_dropout_is_that_of_the_chain(device, norm_first):
 
 
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "length first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_small_eager_batches_draw_all_their_dropout_at_once(norm_first, batch_first, dtype):
+    src, weights = tensors((2, 7, 48) if batch_first else (7, 2, 48))
+    src, weights = src.to(dtype), LayerWeights(*(t.to(dtype) for t in weights))
+    options = {"attn_dropout_p": 0.3, "dropout1_p": 0.2, "dropout_p": 0.4, "dropout2_p": 0.1}
+    options |= {"norm_first": norm_first, "batch_first": batch_first, "backend": "eager"}
+    tolerance = {torch.float64: SAME_ALGORITHM_64, torch.float32: SAME_ALGORITHM}.get(dtype, 16 * HALF_PRECISION)
+    for case in ({}, {"is_causal": True}, {"attn_mask": torch.rand(7, 7, generator=torch.manual_seed(0)) > 0.3}):
+        chain, one = chain_and_one(src, weights, **options, **case)
+        assert_same(one, chain, tolerance)
+    for place in ("attn_dropout_p", "dropout1_p", "dropout_p", "dropout2_p"):
+        chain, one = chain_and_one(src, weights, **options | {place: 0.0})
+        assert_same(one, chain, tolerance)
+
+
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
 def test_packed_batch(device, norm_first):
     src, weights = tensors((70, 48), device=device)
     starts = torch.tensor([0, 33, 33, 70], device=device)
-    options = {"cu_seqlens": starts, "max_seqlen": 37, "norm_first": norm_first, "attn_dropout_p": 0.2}
-    chain, one = chain_and_one(src, weights, **options)
-    assert_same(one, chain, SAME_ALGORITHM)
+    options = {"cu_seqlens": starts, "max_seqlen": 37, "norm_first": norm_first}
+    for case in ({"attn_dropout_p": 0.2}, {"is_causal": True}):
+        chain, one = chain_and_one(src, weights, **options, **case)
+        assert_same(one, chain, SAME_ALGORITHM)
 
 
 def test_a_row_without_keys_gives_its_value_bias_nothing(device):
