@@ -45,7 +45,16 @@ def small_model(name, implementation="fusenc", **options):
         if hasattr(config, rate):
             setattr(config, rate, 0.0)
     config._attn_implementation = implementation
-    return getattr(transformers, model)(config)
+    return with_large_weights(getattr(transformers, model)(config))
+
+
+def with_large_weights(model):
+    """Initial weights are so small that attention would hardly matter."""
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "emb" not in path:
+                parameter.mul_(0.2 / parameter.std())
+    return model
 
 
 def batch(model, padded):
@@ -90,7 +99,7 @@ def test_softcap_as_eager():
             "gemma2", **LLAMA, head_dim=12, attn_logit_softcapping=0.5, sliding_window=4
         )
         config._attn_implementation = implementation
-        outcomes.append(outcome(transformers.Gemma2Model(config), True))
+        outcomes.append(outcome(with_large_weights(transformers.Gemma2Model(config)), True))
     assert_same(outcomes[0], outcomes[1], SAME_ALGORITHM)
 
 
@@ -131,15 +140,36 @@ def test_from_config_and_set():
     assert len(report.fused) == 4 and not report.left
 
 
-def test_generation_with_a_cache():
+@pytest.mark.parametrize("padding", [0, 2], ids=["", "padded"])
+def test_generation_with_a_cache(padding):
     config = transformers.AutoConfig.for_model("llama", **{**LLAMA, "use_cache": True})
-    texts = []
+    steps = []
     for implementation in ("fusenc", "sdpa"):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
-        ids = torch.tensor([[1, 1, 5, 6], [7, 8, 9, 10]])
-        texts.append(model.generate(ids, attention_mask=(ids > 1).long(), max_new_tokens=6, do_sample=False))
-    assert torch.equal(*texts)
+        with_large_weights(model)
+        ids = torch.tensor([[5, 6, 7, 8], [7, 8, 9, 10]])
+        mask = torch.ones_like(ids)
+        mask[0, :padding] = 0
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=6,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        steps.append(torch.stack(out.logits))
+    torch.testing.assert_close(steps[0], steps[1], rtol=0, atol=SAME_ALGORITHM * steps[1].abs().max().item())
+
+
+def test_weights_of_a_call_that_says_so():
+    """Some models hand `output_attentions` on."""
+    query = torch.randn(2, 2, 3, 4)
+    call = fusenc.huggingface.attention_forward
+    out, weights = call(torch.nn.Identity(), query, query, query, None, is_causal=False, output_attentions=True)
+    torch.testing.assert_close((weights @ query).transpose(1, 2), out)
+    assert call(torch.nn.Identity(), query, query, query, None)[1] is None
 
 
 def test_a_model_that_would_misread_the_mask_raises():

@@ -553,6 +553,7 @@ def test_adapters_of_other_kinds_are_left_with_a_reason():
     model = peft.get_peft_model(small_model("bert"), peft.LoraConfig(r=4, target_modules=["query"], use_dora=True))
     expected = outcome_of(model)
     report = fusenc.fuse(model)
+    assert len(report.left) == 3
     assert all("query is a peft.tuners.lora.layer.Linear, not an nn.Linear" in text for text in report.left.values())
     torch.testing.assert_close(outcome_of(model), expected, rtol=0, atol=SAME_ALGORITHM * 10)
 
@@ -769,3 +770,40 @@ def test_reasons():
     for block in mixed.encoder.block:
         block.layer[1].DenseReluDense.wo.float()
     assert reasons(mixed) == {"the weights are of several dtypes"}
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "causal"])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "albert", "mpnet"])
+def test_masks_of_the_users(name, kind):
+    """A 4-D mask that says more than which tokens are real."""
+    model = small_model(name, implementation="eager" if name == "mpnet" or kind == "float" else "sdpa").eval()
+    ids = batch("dense")["input_ids"]
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.randn(4, 1, 9, 9, generator=generator)
+    if kind != "float":
+        mask = mask > -1 if kind == "bool" else torch.ones(9, 9, dtype=torch.bool).tril().expand(4, 1, 9, 9)
+        mask = mask | torch.eye(9, dtype=torch.bool)
+        if name == "mpnet":
+            mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    fuse(name, model)
+    got = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(got, expected, rtol=0, atol=SAME_ALGORITHM * expected.abs().max().item())
+
+
+def test_a_hook_on_a_group_of_layers_sees_what_it_saw():
+    model = small_model("albert groups").eval()
+    shapes = []
+    model.encoder.albert_layer_groups[1].register_forward_hook(lambda module, args, out: shapes.append(out.shape))
+    expected = outcome_of(model)
+    report = fusenc.fuse(model)
+    assert report.left == {"encoder": "albert_layer_groups.1 has hooks or a forward of its own"}
+    got = outcome_of(model)
+    assert shapes == [(4, 9, 48)] * len(shapes)
+    torch.testing.assert_close(got, expected, rtol=0, atol=SAME_ALGORITHM * expected.abs().max().item())
+    again = small_model("albert groups").eval()
+    fuse("albert groups", again)
+    shapes.clear()
+    again.encoder.albert_layer_groups[1].register_forward_hook(lambda module, args, out: shapes.append(out.shape))
+    torch.testing.assert_close(outcome_of(again), got, rtol=0, atol=SAME_ALGORITHM * expected.abs().max().item())
+    assert shapes == [(4, 9, 48)] * len(shapes)
