@@ -772,15 +772,17 @@ def test_reasons():
     assert reasons(mixed) == {"the weights are of several dtypes"}
 
 
-@pytest.mark.parametrize("kind", ["bool", "float", "causal"])
+@pytest.mark.parametrize("kind", ["bool", "float", "float by key", "causal"])
 @pytest.mark.parametrize("name", ["bert", "distilbert", "albert", "mpnet"])
 def test_masks_of_the_users(name, kind):
     """A 4-D mask that says more than which tokens are real."""
-    model = small_model(name, implementation="eager" if name == "mpnet" or kind == "float" else "sdpa").eval()
+    model = small_model(name, implementation="eager" if name == "mpnet" or "float" in kind else "sdpa").eval()
     ids = batch("dense")["input_ids"]
     generator = torch.Generator().manual_seed(2)
     mask = torch.randn(4, 1, 9, 9, generator=generator)
-    if kind != "float":
+    if kind == "float by key":
+        mask = mask[:, :, :1].relu().expand(-1, -1, 9, -1)
+    elif kind != "float":
         mask = mask > -1 if kind == "bool" else torch.ones(9, 9, dtype=torch.bool).tril().expand(4, 1, 9, 9)
         mask = mask | torch.eye(9, dtype=torch.bool)
         if name == "mpnet":
