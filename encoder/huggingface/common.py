@@ -163,7 +163,8 @@ def may_pack(t: Tensor) -> bool:
 
     On a GPU the number of tokens would have to be waited for; a compiled graph would keep this batch's.
     """
-    return t.is_cpu and not torch.compiler.is_compiling()
+    # A tensor that stands for a GPU's where there is none (CONTRIBUTING.md) says yes to both.
+    return t.is_cpu and not t.is_cuda and not torch.compiler.is_compiling()
 
 
 def all_fused(layers: Iterable[Any], kind: Any) -> bool:
