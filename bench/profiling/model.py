@@ -72,7 +72,7 @@ def run(
     fused = copy.deepcopy(unfused)
     fuse_report = fusenc.fuse(fused)
     sides = {"unfused": unfused, "fused": fused} if fuse_report.fused else {"unfused": unfused}
-    name = Path(getattr(model.config, "_name_or_path", "") or "").name  # type: ignore[union-attr, arg-type]
+    name = "the packaged all-MiniLM-L6-v2" if folder is None else folder.absolute().name
     result = Result(
         f"{type(model).__name__} ({name})", source, device.name, dtype, training, environment.summary(),
         list(fuse_report.fused), dict(fuse_report.left),

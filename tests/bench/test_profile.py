@@ -304,6 +304,16 @@ def test_a_wrong_gradient_gets_no_time(folder, text, tmp_path, monkeypatch):
     assert done.exit_code == 1 and "the gradient of" in done.output
 
 
+def test_a_case_that_differs_is_not_even_run_again(folder, monkeypatch):
+    plain, tokenizer = workload.load_model(folder)
+    runner = throughput.Runner({"unfused": plain, "fused": plain}, False)
+    monkeypatch.setattr(runner, "difference", lambda case: (1.0, "all wrong" if case.length == 8 else ""))
+    clock = Stub(unfused=1.0, fused=1.0)
+    cases = [workload.dense_case(tokenizer, SENTENCES, 2, length, "cpu") for length in (8, 4)]
+    wrong, right = throughput.measure(cases, runner, clock, 1, None)
+    assert wrong.fault == "all wrong" and not wrong.rounds and right.rounds and clock.calls == 2 * 2
+
+
 def test_dropout_is_off_while_values_are_compared(folder):
     plain, tokenizer = workload.load_model(folder)
     runner = throughput.Runner({"unfused": plain, "fused": plain}, True)
@@ -500,16 +510,17 @@ def test_each_event_counts_once_where_its_outermost_known_operator_belongs():
 def test_a_backward_event_belongs_to_its_forward_operator():
     node = "autograd::engine::evaluate_function: MulBackward0"
     events = [
-        event("aten::dropout", 0, 2, sequence=7),
-        event("aten::mul", 1, 2, sequence=7),
-        event("aten::mul", 2, 3, sequence=8),
+        event("aten::gelu", 0, 1, sequence=7),  # without gradients: it makes no node
+        event("aten::dropout", 1, 3, sequence=7),
+        event("aten::mul", 2, 3, sequence=7),
+        event("aten::mul", 3, 4, sequence=8),
         event(node, 4, 9, sequence=7, forward_thread=1, thread=2),
         event("aten::mul", 5, 8, thread=2),
         event(node, 9, 13, sequence=8, forward_thread=1, thread=2),
         event("GeluBackward0", 13, 18, sequence=99, forward_thread=1, thread=2),  # its forward pass was not recorded
     ]
     found = operators.break_down(events, 0.0, False)
-    expected = {"dropout": 7e-6, "elementwise and sums": 5e-6, "activation": 5e-6}
+    expected = {"dropout": 7e-6, "elementwise and sums": 5e-6, "activation": 6e-6}
     assert found.categories == pytest.approx(expected)
 
 
