@@ -1,23 +1,15 @@
-"""Floating-point operations of a model by length, and the peak that they are held against."""
+"""Floating-point operations of a model by length."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from fusenc.kernels.common import launch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import timing
-from ..machine_code import chips
-
 STEP = 8
 """Operations are counted at 1, 2, 3 and 4 times this many tokens."""
-
-PRODUCT_SIZES = (768, 1536)
-"""Of the square matrix products that stand for a CPU's peak: large enough to reach it, small enough to be quick."""
 
 
 @dataclass(frozen=True)
@@ -61,45 +53,3 @@ def count(call: Callable[[], object]) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return int(counter.get_total_flops())
-
-
-@dataclass
-class Peak:
-    """What the device could do at most."""
-
-    flops: float
-    """Operations a second."""
-    source: str
-
-
-def peak(device: timing.Device, dtype: torch.dtype) -> Peak | None:
-    """The peak of matrix products: of a GPU the published one of its architecture, of a CPU the best measured one.
-
-    Returns:
-        None on a GPU whose architecture has no published peak in the table of chips.
-    """
-    if isinstance(device, timing.Cpu):
-        return _measured_peak(device, dtype)
-    arch = launch.architecture(0)
-    chip = chips.chips().get(arch)
-    if chip is None:
-        return None
-    if dtype != torch.float32:
-        teraflops, units = chip.tensor_tflops, "tensor cores"
-    elif launch.input_precision(torch.empty(0)) == "tf32":
-        teraflops, units = chip.tensor_tflops / 2, "tensor cores, TF32"
-    else:
-        teraflops, units = chip.fp32_tflops, "float32 outside tensor cores"
-    return Peak(1e12 * teraflops, f"published, {chip.name} for {arch}, {units}")
-
-
-def _measured_peak(device: timing.Cpu, dtype: torch.dtype) -> Peak:
-    best = 0.0
-    for size in PRODUCT_SIZES:
-        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        seconds = timing.take_turns({"": lambda a=a, b=b, out=out: torch.mm(a, b, out=out)}, device, 5, warm_up=1)[""]  # type: ignore[misc]
-        best = max(best, 2 * size**3 / min(seconds))
-    name = str(dtype).removeprefix("torch.")
-    sizes = " and ".join(map(str, PRODUCT_SIZES))
-    return Peak(best, f"measured, the best {name} product of size {sizes} on {torch.get_num_threads()} threads")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import nn
 
 from .. import environment, timing
+from ..checking import DTYPES
 from . import flops as counting
 from . import report, workload
 from .advice import advise
@@ -22,8 +24,6 @@ from .operators import profile_sides
 from .result import Autocast, Result
 from .throughput import Runner, measure
 from .workload import Case, ProfileError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 INTERRUPTED = 130
 """The exit status of a command that Ctrl-C ended."""
@@ -65,10 +65,8 @@ def run(
     workload.require_length(model, max(lengths))
     out.mkdir(parents=True, exist_ok=True)
     device = device or timing.find_device()
-    on_gpu = torch.cuda.is_available()
-    place = "cuda" if on_gpu else "cpu"
 
-    unfused = model.to(place, DTYPES[dtype])
+    unfused = model.to(device.where, DTYPES[dtype])
     fused = copy.deepcopy(unfused)
     fuse_report = fusenc.fuse(fused)
     sides = {"unfused": unfused, "fused": fused} if fuse_report.fused else {"unfused": unfused}
@@ -84,18 +82,18 @@ def run(
     console.print(f"On: {device.name}; {', '.join(machine)}", highlight=False)
 
     ragged = [
-        workload.ragged_cases(tokenizer, model, sentences, batch, workload.BATCHES * max(batches), place)
+        workload.ragged_cases(tokenizer, model, sentences, batch, workload.BATCHES * max(batches), device.where)
         for batch in sorted(set(batches))
     ]
     dense = [
-        workload.dense_case(tokenizer, sentences, batch, length, place)
+        workload.dense_case(tokenizer, sentences, batch, length, device.where)
         for batch in sorted(set(batches))
         for length in sorted(set(lengths))
     ]
     runner = Runner(sides, training)
     try:
         with _progress(console, len(ragged) + len(dense) + 3) as (progress, task):
-            _measure_all(result, runner, device, rounds, ragged, dense, on_gpu, out, (progress, task))
+            _measure_all(result, runner, device, rounds, ragged, dense, out, (progress, task))
     except KeyboardInterrupt:
         result.interrupted = True
     result.advice = advise(result)
@@ -126,7 +124,7 @@ def _progress(console: Console, total: int) -> Iterator[tuple[Progress, TaskID]]
 
 def _measure_all(
     result: Result, runner: Runner, device: timing.Device, rounds: int, ragged: Sequence[list[Case]],
-    dense: Sequence[Case], on_gpu: bool, out: Path, bar: tuple[Progress, TaskID],
+    dense: Sequence[Case], out: Path, bar: tuple[Progress, TaskID],
 ) -> None:  # fmt: skip
     """Fill the result, what matters most first, so that Ctrl-C leaves as much as was there."""
     progress, task = bar
@@ -134,9 +132,8 @@ def _measure_all(
     def step(what: str) -> None:
         progress.update(task, description=what, advance=1)
 
-    dtype = DTYPES[result.dtype]
     progress.update(task, description="peak and operations")
-    result.peak = counting.peak(device, dtype)
+    result.peak = device.peaks(result.dtype)
     result.flops = counting.fit(lambda length: _count(runner, length), _step_of(runner))
     for cases in ragged:
         step(f"ragged, batches of {cases[0].batch}")
@@ -145,13 +142,10 @@ def _measure_all(
         step(case.name)
         result.dense += measure([case], runner, device, rounds, result.flops)
     step("operators")
-    _profile(result, runner, on_gpu, {"dense": dense[-1], "ragged": ragged[-1][0]}, out)
+    _profile(result, runner, device, {"dense": dense[-1], "ragged": ragged[-1][0]}, out)
     step("bfloat16")
     if result.dtype == "float32" and not result.dense[-1].fault:
         result.autocast = _autocast(runner, dense[-1], device, rounds)
-    again = counting.peak(device, dtype)  # at another moment, which may be a quieter one
-    if result.peak is not None and again is not None and again.flops > result.peak.flops:
-        result.peak = again
 
 
 def _count(runner: Runner, length: int) -> int:
@@ -168,13 +162,13 @@ def _step_of(runner: Runner) -> int:
     return max(min(counting.STEP, (longest - 2) // 4), 1)
 
 
-def _profile(result: Result, runner: Runner, on_gpu: bool, cases: dict[str, Case], out: Path) -> None:
+def _profile(result: Result, runner: Runner, device: timing.Device, cases: dict[str, Case], out: Path) -> None:
     for kind, case in cases.items():
         batch = case.batches[0]
-        calls = {side: lambda side=side, batch=batch: runner.call(side, batch) for side in runner.sides}  # type: ignore[misc]
+        calls = {side: device.finished(functools.partial(runner.call, side, batch)) for side in runner.sides}
         # The traces are of real text: they show the packing too.
         traces = {side: out / f"trace-{side}.json" for side in runner.sides} if kind == "ragged" else {}
-        result.operators[kind] = profile_sides(calls, on_gpu, traces)
+        result.operators[kind] = profile_sides(calls, device.kind == "cuda", traces)
         shape = " x ".join(map(str, batch["input_ids"].shape))
         fill = float(batch["attention_mask"].float().mean())
         result.operators_of[kind] = f"one step on {shape} tokens, {fill:.0%} of them real"

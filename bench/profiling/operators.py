@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -210,7 +209,7 @@ def profile_sides(
     """Profile a step of each side, in turns.
 
     Args:
-        sides: one step each.
+        sides: one step each, which is done when the call returns.
         on_gpu: they run on a GPU.
         traces: where a side's trace is written, for Perfetto (https://ui.perfetto.dev).
         steps: profiled of each side.
@@ -221,8 +220,6 @@ def profile_sides(
             with quiet_profiler(on_gpu) as recorded:
                 start = time.perf_counter()
                 call()
-                if on_gpu:
-                    torch.cuda.synchronize()
                 seconds = time.perf_counter() - start
             if step >= 0:
                 taken[side].append((seconds, recorded))

@@ -43,7 +43,7 @@ def print_result(console: Console, result: Result) -> None:
     if result.dense:
         console.print(_dense_table(result))
     if result.peak is not None:
-        console.print(f"Peak for MFU: {1e-9 * result.peak.flops:,.0f} GFLOP/s, {result.peak.source}")
+        console.print(f"Peak for MFU: {1e3 * result.peak.tflops:,.0f} GFLOP/s, {result.peak.source}")
     elif not result.interrupted:
         console.print("No MFU: no published peak for this GPU is known")
     if result.flops is None and not result.interrupted:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..timing import Peaks
 from .advice import Advice
-from .flops import Peak, Polynomial
+from .flops import Polynomial
 from .operators import Breakdown
 from .throughput import Measured, ratio
 
@@ -41,7 +42,7 @@ class Result:
     """Paths of the modules that run fused."""
     left: dict[str, str] = field(default_factory=dict)
     """Paths of those that could not be, and why."""
-    peak: Peak | None = None
+    peak: Peaks | None = None
     flops: Polynomial | None = None
     ragged: list[Measured] = field(default_factory=list)
     dense: list[Measured] = field(default_factory=list)
@@ -67,7 +68,7 @@ class Result:
         """Operations of the real tokens over the peak's (Chowdhery et al., PaLM, 2022, appendix B)."""
         if self.peak is None or measured.useful_flops is None:
             return None
-        return measured.useful_flops / measured.seconds(side) / self.peak.flops
+        return measured.useful_flops / measured.seconds(side) / (1e12 * self.peak.tflops)
 
     def as_json(self) -> dict[str, Any]:
         """All of it, with the figures that follow from it."""

@@ -144,8 +144,11 @@ def outlook(name: str, model: nn.Module) -> Outlook:
         twin = copy.deepcopy(model, shared)
     except Exception as error:  # whatever a module holds that cannot be copied
         return Outlook(name, [], {"": f"it cannot be copied to look at ({type(error).__name__}: {error})"})
+    before = {path: type(module) for path, module in twin.named_modules()}
     done = fusenc.fuse(twin)
-    return Outlook(name, list(done.fused), dict(done.left))
+    changed = [path for path, module in twin.named_modules() if type(module) is not before[path]]
+    left = dict.fromkeys(done.fused.keys() - set(changed), "already fused") | done.left
+    return Outlook(name, changed, left)
 
 
 def outlooks(variables: dict[str, Any], recorder: Recorder) -> list[Outlook]:
