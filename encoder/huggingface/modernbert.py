@@ -98,20 +98,20 @@ class _FusedLayer(nn.Module):
         if packing is not None and x.dim() == 3:
             x = packing.pack(x)
         normed = x if type(attn_norm) is nn.Identity else norm(x, attn_norm)
+        key: Any  # for a type checker `rotary` may give None
         query, key, value = attn.Wqkv(normed).unflatten(-1, (3, -1, attn.head_dim)).unbind(-3)
         dropout_p = attn.attention_dropout if attn.training else 0.0
         reach = None if attn.sliding_window is None else attn.sliding_window - 1
         if packing is not None:
             query, key = kernels.rotary(query, key, *packing.tables(self.attention_type, position_embeddings))
             band = None if reach is None else packing.band(reach)
-            attended = packing.attend(query, key, value, attn_mask=band, dropout_p=dropout_p)  # type: ignore[arg-type]
+            attended = packing.attend(query, key, value, attn_mask=band, dropout_p=dropout_p)
         else:
             query, key = kernels.rotary(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
             window = (reach, reach) if windowed and reach is not None else None
-            attention: Any = kernels.attention
-            attended = attention(
+            attended = kernels.attention(
                 query, key, value.transpose(1, 2), attention_mask, dropout_p, window=window
-            ).transpose(1, 2)  # fmt: skip
+            ).transpose(1, 2)
         out_drop = attn.out_drop
         normed, x = kernels.add_norm(
             attn.Wo(attended.flatten(-2)), x, mlp_norm.weight, mlp_norm.bias, eps=mlp_norm.eps,

@@ -269,7 +269,7 @@ def test_each_dropout_is_applied(name):
     fused = copy.deepcopy(model)
     fuse(name, fused)
     sites = dropouts(model)
-    tried = [site for site in sites if not re.search(r"(layer|layers|block)\.[1-9]\.", site[0])]
+    tried = [site for site in sites if not re.search(r"(block|(?<!\d\.)layers?)\.[1-9]\.", site[0])]
     assert tried
     for path, attribute in tried:
         for side in (model, fused):
@@ -548,6 +548,28 @@ def test_lora(targets, first):
     )
 
 
+@pytest.mark.parametrize("name", ["vit", "clip text", "modernbert", "t5", "t5 gated", "bart"])
+def test_lora_in_every_linear_layer(name):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
+    model = small_model(name)
+    fused = fuse(name, model).fused
+    model = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "lora_B" in path:
+                parameter.normal_(std=0.1)
+    inputs, rows, results = batch(model=model.base_model.model), [], []
+    for unfused in (False, True):
+        if unfused:
+            fusenc.unfuse(model)
+        with recorded("add_norm", rows):
+            hidden = model(**inputs).last_hidden_state[real_tokens(inputs)]
+        results.append(output_and_gradients(hidden, [p for p in parameters(model).values() if p.requires_grad]))
+    assert len(rows) >= len(fused) and set(rows) == tokens_in_layers(inputs)
+    assert_same(results[0], results[1], SAME_ALGORITHM)
+
+
 def test_adapters_of_other_kinds_are_left_with_a_reason():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(small_model("bert"), peft.LoraConfig(r=4, target_modules=["query"], use_dora=True))
@@ -714,8 +736,12 @@ def test_generates_the_same_tokens(name, kind):
 
     torch.manual_seed(0)
     model = getattr(transformers, kind)(small_model(name).config).eval()
+    inner = small_model(name)
+    for part in ("encoder", "decoder"):  # with initial weights all tokens are one
+        getattr(getattr(model, "model", model), part).load_state_dict(getattr(inner, part).state_dict())
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": 2, "use_cache": True}
     expected = model.generate(**batch(), **options)
+    assert len(expected.unique()) > 4
     fuse(name, model)
     assert torch.equal(model.generate(**batch(), **options), expected)
     assert torch.equal(model.generate(**batch(), **{**options, "use_cache": False}), expected)
@@ -758,6 +784,28 @@ def test_other_positions_and_masks():
     assert isinstance(got, tuple) and torch.equal(got[0][real], model(**calls[0]).last_hidden_state[real])
 
 
+def test_other_masks_of_clip():
+    """The encoder by itself, with masks that are causal, are not, or hide more than padding."""
+    model = small_model("clip text").eval()
+    encoder = model.encoder
+    x = torch.randn(4, 9, 48, generator=torch.Generator().manual_seed(0))
+    padding = batch()["attention_mask"].bool()[:, None, None].expand(-1, 1, 9, -1)
+    causal = padding.tril()
+    some = causal & (torch.rand(4, 1, 9, 9, generator=torch.Generator().manual_seed(1)) < 0.8)
+    some |= torch.eye(9, dtype=torch.bool)
+    real = real_tokens(batch())
+    calls = [
+        (mask, {"is_causal": is_causal} if is_causal is not None else {})
+        for mask in (padding, causal, some, None)
+        for is_causal in (True, False, None)
+    ]
+    expected = [encoder(x, mask, **options).last_hidden_state[real] for mask, options in calls]
+    fuse("clip text", model)
+    for (mask, options), want in zip(calls, expected, strict=True):
+        got = encoder(x, mask, **options).last_hidden_state[real]
+        torch.testing.assert_close(got, want, rtol=0, atol=SAME_ALGORITHM * want.abs().max().item())
+
+
 def test_reasons():
     def reasons(model: nn.Module) -> set[str]:
         return set(fusenc.fuse(model).left.values())
@@ -773,7 +821,7 @@ def test_reasons():
 
 
 @pytest.mark.parametrize("kind", ["bool", "float", "float by key", "causal"])
-@pytest.mark.parametrize("name", ["bert", "distilbert", "albert", "mpnet"])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "albert", "mpnet", "t5"])
 def test_masks_of_the_users(name, kind):
     """A 4-D mask that says more than which tokens are real."""
     model = small_model(name, implementation="eager" if name == "mpnet" or "float" in kind else "sdpa").eval()
