@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
@@ -95,22 +94,6 @@ def test_what_cannot_be_used_is_explained(tmp_path, case):
     result = invoke("demo", *arguments)
     assert result.exit_code == 2 and message in result.output
     assert "Traceback" not in result.output
-
-
-def test_bench_writes_its_figures(tmp_path, monkeypatch):
-    from fusenc.bench import measure
-
-    calls = []
-    case = measure.Case("a case", lambda: calls.append("t"), lambda: calls.append("o"), 2, 0.5, "itself")
-    monkeypatch.setattr(measure, "SUITES", {"host": lambda: [case]})
-    file = tmp_path / "figures.json"
-    result = invoke("bench", "host", "--rounds", 3, "--json", file)
-    assert result.exit_code == 0, result.output
-    assert "".join(calls[-12:]) == "oott" + "ttoo" + "oott", "the sides take turns"
-    (figure,) = json.loads(file.read_text())["figures"]
-    assert figure["name"] == "a case" and figure["ours_us"] > 0 and figure["theirs_us"] > 0
-    result = invoke("bench", "nonsense")
-    assert result.exit_code == 2 and "expected one of host" in result.output
 
 
 def test_version():
