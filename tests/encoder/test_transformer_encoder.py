@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import HALF_PRECISION, SAME_ALGORITHM, SAME_ALGORITHM_64
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 nested_warnings = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 KPM = torch.arange(7) >= torch.tensor([[7], [4], [2], [5]])
@@ -331,6 +332,20 @@ def test_compiles_whole(training, packings):
         assert not packings
         expected = ours(x, src_key_padding_mask=KPM)
     torch.testing.assert_close(got[KEEP], expected[KEEP], rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+
+
+def test_packed_batches_compile_whole_and_once_for_all_sizes():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    _, ours = pair(num_layers=1)
+    compiled = torch.compile(ours.eval(), fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for lengths in ([7, 3], [9, 4, 2], [5, 6, 6, 2], [11, 2], [3, 3, 13, 2, 1]):
+            packed = PackedTokens.from_sequences([torch.randn(n, 32) for n in lengths])
+            torch.testing.assert_close(
+                compiled(packed).data, ours(packed).data, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM
+            )
+    assert counter.frame_count == 2, "once for the first sizes, once for all"
 
 
 # Packed and nested batches.
