@@ -171,12 +171,14 @@ def on_padding(ragged: Sequence[Measured]) -> Advice:
 def on_batches(dense: Sequence[Measured], side: str) -> Advice:
     """Whether a larger batch gives more tokens a second, or a smaller one as many; at the greatest length."""
     length = max(m.length or 0 for m in dense)
-    rates = {m.batch: m.tokens_per_second(side) for m in sorted(dense, key=lambda m: m.batch) if m.length == length}
+    cases = sorted((m for m in dense if m.length == length), key=lambda m: m.batch)
+    rates = {m.batch: m.tokens_per_second(side) for m in cases}
     figures = {str(batch): rate for batch, rate in rates.items()}
     if len(rates) < 2:
         return Advice("batch", False, "one batch size says nothing about others: give --batch two or more", figures)
     *_, second, last = rates
-    growth = rates[last] / rates[second]
+    before, after = cases[-2:]
+    growth = after.tokens / before.tokens * ratio(before.rounds[side], after.rounds[side])
     at = f"at length {length} batches of {last} give {growth:.2f} times the tokens a second of batches of {second}"
     if growth >= WORTH:
         return Advice("batch", True, f"take {last} or more: {at}, still growing", figures)

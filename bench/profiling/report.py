@@ -20,6 +20,9 @@ from .throughput import Measured, ratio
 TOP = 8
 """Operators named for each side."""
 
+LEAST_SHARE = 5e-4
+"""Of a step's time that a category needs to be shown."""
+
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "fusenc", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip
@@ -38,6 +41,7 @@ def wide_console(console: Console | None = None) -> Console:
 
 def print_result(console: Console, result: Result) -> None:
     """All tables and the advice."""
+    checked = [m for m in (*result.ragged, *result.dense) if m.difference is not None]
     if result.ragged:
         console.print(_ragged_table(result))
     if result.dense:
@@ -48,6 +52,9 @@ def print_result(console: Console, result: Result) -> None:
         console.print("No MFU: no published peak for this GPU is known")
     if result.flops is None and not result.interrupted:
         console.print("No MFU: the operations of this model are no polynomial of degree 2 in the length")
+    if len(result.sides) == 2 and checked:
+        largest = max(m.difference for m in checked if m.difference is not None)
+        console.print(f"Largest difference of hidden states, fused from unfused: {largest:.1e} of the largest value")
     if result.operators:
         columns = {f"{case}, {side}": b for case, sides in result.operators.items() for side, b in sides.items()}
         print_operators(console, columns, "Where a step's time goes")
@@ -113,7 +120,7 @@ def print_operators(console: Console, columns: Mapping[str, Breakdown], title: s
     """Milliseconds and shares by category, then the operators that take most."""
     table = Table("ms", *columns, title=title, title_justify="left")
     for category in CATEGORIES:
-        if any(category in b.categories for b in columns.values()):
+        if any(b.share(category) >= LEAST_SHARE for b in columns.values()):
             cells = (
                 f"{1e3 * b.categories.get(category, 0.0):,.1f} ({b.share(category):.0%})" for b in columns.values()
             )

@@ -148,6 +148,9 @@ def measure(
         results.append(result)
         try:
             result.difference, result.fault = runner.difference(case)
+            if not result.fault:  # as a warm-up, and to find out here what does not fit in memory
+                for side in runner.sides:
+                    _run(runner, side, case)
         except torch.OutOfMemoryError:
             result.fault = "out of memory"
             device.release()
@@ -155,7 +158,7 @@ def measure(
             for side in runner.sides:
                 calls[f"{i} {side}"] = lambda side=side, case=case: _run(runner, side, case)  # type: ignore[misc]
     try:
-        seconds = timing.take_turns(calls, device, rounds, warm_up=1)
+        seconds = timing.take_turns(calls, device, rounds, warm_up=0)
     except torch.OutOfMemoryError:
         seconds = {}
         device.release()
