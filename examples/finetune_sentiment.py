@@ -299,8 +299,7 @@ def plot(results: dict[str, Any], out: Path) -> None:
         curve = results["sides"][name]
         losses = torch.tensor(curve["losses"])
         mean = losses.unfold(0, window, 1).mean(1)
-        label = f"{name}, {1e3 * statistics.median(curve['seconds']):.0f} ms a step"
-        left.plot(range(window, len(losses) + 1), mean, label=label, **style)
+        left.plot(range(window, len(losses) + 1), mean, label=name, **style)
         right.plot(*zip(*curve["validation"], strict=True), marker="o", markersize=3, label=name, **style)
     right.axhline(results["bag of words"]["validation"], color="gray", linestyle="--", label="bag of words")
     left.set(xlabel="step", ylabel=f"training loss, mean of {window} steps")
@@ -315,7 +314,8 @@ def plot(results: dict[str, Any], out: Path) -> None:
 
 def report(results: dict[str, Any], out: Path, console: Console) -> None:
     counts, sides = results["snippets"], results["sides"]
-    table = Table("", "validation", "test", title=f"Accuracy ({', '.join(f'{n} {k}' for k, n in counts.items())})")
+    console.print(f"Snippets: {', '.join(f'{n} {kind}' for kind, n in counts.items())}")
+    table = Table("accuracy", "validation", "test")
     table.add_row("the more frequent class", "", f"{results['more frequent class']:.3f}")
     table.add_row("bag of words", *(f"{results['bag of words'][part]:.3f}" for part in ("validation", "test")))
     for name in SIDES:
