@@ -83,7 +83,8 @@ def encoder_layer(
     try:
         width, hidden = src.shape[-1], weights.weight1.shape[0]
         wrong = (
-            src.dim() != (3 if cu_seqlens is None else 2) or width % nhead or width == 0 or nhead < 1
+            src.dim() != (3 if cu_seqlens is None else 2) or not isinstance(nhead, int) or width % nhead or width == 0
+            or nhead < 1 or src.dtype not in checks.DTYPES
             or not ((isinstance(activation, str) and activation in ACTIVATIONS) or callable(activation))
             or _shapes(weights) != _expected(width, hidden, weights)
         )  # fmt: skip
@@ -96,6 +97,10 @@ def encoder_layer(
     masks = Masks(attn_mask, is_causal, cu_seqlens, max_seqlen)
     options = Options(nhead, batch_first, norm_first, activation, eps1, eps2, Dropouts(*dropout_ps))
     if torch.compiler.is_compiling() or not _in_one(src, weights, activation):
+        if not backend.autocast_enabled(src):
+            for name, t in zip(LayerWeights._fields, weights, strict=True):
+                if t is not None and "norm" not in name:  # a norm's may be float32 beside 16 bit
+                    checks.same_kind(f"weights.{name}", t, "src", src)
         return chain.encoder_layer(src, weights, masks, options)
     if cu_seqlens is not None:
         cu_seqlens = checked_starts("cu_seqlens", cu_seqlens, src.shape[0], "max_seqlen", max_seqlen, src)
@@ -116,7 +121,7 @@ def _in_one(src: Tensor, weights: LayerWeights, activation: str | Callable[[Tens
     if backend.autocast_enabled(src) or not isinstance(activation, str):
         return False
     dtype, device = src.dtype, src.device
-    if dtype not in checks.DTYPES or (src.numel() == 0 and backend.would_use_triton(src)):
+    if src.numel() == 0 and backend.would_use_triton(src):
         return False
     for t in weights:  # noqa: SIM110 -- a generator costs more than the loop
         if t is not None and (t.dtype is not dtype or t.device != device):
