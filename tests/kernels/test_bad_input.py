@@ -6,11 +6,13 @@ import pytest
 import torch
 from fusenc.kernels import (
     BlockMask,
+    LayerWeights,
     add_norm,
     attention,
     attention_varlen,
     attention_weights,
     attention_with_weights,
+    encoder_layer,
     ffn,
     get_backend,
     last_backend,
@@ -251,6 +253,39 @@ def test_add_norm(arguments, options, error, named):
 def test_ffn(arguments, options, error, named):
     with pytest.raises(error, match=f"^{named}: expected .*, got "):
         ffn(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "names"),
+    [
+        ({"nhead": 5}, ValueError, "nhead"),
+        ({"nhead": 0}, ValueError, "nhead"),
+        ({"nhead": 3.0}, ValueError, "nhead"),
+        ({"activation": "swish"}, ValueError, "activation"),
+        ({"activation": 3}, ValueError, "activation"),
+        ({"dropout1_p": 1.5}, ValueError, "dropout_p"),
+        ({"attn_dropout_p": "0.1"}, TypeError, "dropout_p"),
+        ({"src": torch.randn(5, 48)}, ValueError, "src"),
+        ({"src": [1.0]}, TypeError, "src"),
+        ({"src": torch.zeros(2, 5, 48, dtype=torch.int64)}, TypeError, "src"),
+        ({"src": torch.randn(2, 5, 36)}, ValueError, r"weights\.in_proj_weight"),
+        ({"cu_seqlens": torch.tensor([0, 5]), "max_seqlen": 5}, ValueError, "src"),
+        ({"src": torch.randn(5, 48), "cu_seqlens": torch.tensor([0, 4]), "max_seqlen": 5}, ValueError, "cu_seqlens"),
+        ({"attn_mask": torch.zeros(3, 3)}, ValueError, "attn_mask"),
+        ({"src": torch.randn(2, 5, 48, dtype=torch.float64)}, TypeError, r"weights\.in_proj_weight"),
+        ({"src": torch.randn(2, 5, 48, device="meta")}, ValueError, r"weights\.in_proj_weight"),
+    ],
+)
+def test_encoder_layer(change, error, names):
+    layer = torch.nn.TransformerEncoderLayer(48, 3, 70)
+    attn, norm1, norm2 = layer.self_attn, layer.norm1, layer.norm2
+    weights = LayerWeights(
+        attn.in_proj_weight, attn.in_proj_bias, attn.out_proj.weight, attn.out_proj.bias, norm1.weight, norm1.bias,
+        layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias, norm2.weight, norm2.bias,
+    )  # fmt: skip
+    arguments = {"src": torch.randn(2, 5, 48), "weights": weights, "nhead": 3} | change
+    with pytest.raises(error, match=f"^{names}: expected"):
+        encoder_layer(**arguments)
 
 
 def test_unknown_activation_lists_the_known_ones():

@@ -224,34 +224,6 @@ def test_empty_batch(device):
     assert encoder_layer(src.requires_grad_(), weights, HEADS).shape == (0, 5, 48)
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "names"),
-    [
-        ({"nhead": 5}, ValueError, "nhead"),
-        ({"nhead": 0}, ValueError, "nhead"),
-        ({"nhead": 3.0}, ValueError, "nhead"),
-        ({"activation": "swish"}, ValueError, "activation"),
-        ({"activation": 3}, ValueError, "activation"),
-        ({"dropout1_p": 1.5}, ValueError, "dropout_p"),
-        ({"attn_dropout_p": "0.1"}, TypeError, "dropout_p"),
-        ({"src": torch.randn(5, 48)}, ValueError, "src"),
-        ({"src": [1.0]}, TypeError, "src"),
-        ({"src": torch.zeros(2, 5, 48, dtype=torch.int64)}, TypeError, "src"),
-        ({"src": torch.randn(2, 5, 36)}, ValueError, r"weights\.in_proj_weight"),
-        ({"cu_seqlens": torch.tensor([0, 5]), "max_seqlen": 5}, ValueError, "src"),
-        ({"src": torch.randn(5, 48), "cu_seqlens": torch.tensor([0, 4]), "max_seqlen": 5}, ValueError, "cu_seqlens"),
-        ({"attn_mask": torch.zeros(3, 3)}, ValueError, "attn_mask"),
-        ({"src": torch.randn(2, 5, 48, dtype=torch.float64)}, TypeError, r"weights\.in_proj_weight"),
-        ({"src": torch.randn(2, 5, 48, device="meta")}, ValueError, r"weights\.in_proj_weight"),
-    ],
-)
-def test_bad_input_names_the_argument(change, error, names):
-    src, weights = tensors((2, 5, 48))
-    arguments = {"src": src, "weights": weights, "nhead": HEADS} | change
-    with pytest.raises(error, match=f"^{names}: expected"):
-        encoder_layer(**arguments)
-
-
 def test_a_function_as_activation_is_that_of_the_name(device):
     src, weights = tensors((2, 5, 48), device=device)
     expected = encoder_layer(src, weights, HEADS, activation="gelu")
