@@ -35,7 +35,10 @@ def tensors(shape, hidden=70, device="cpu", biases=True):
     return src, weights
 
 
-def plain(src, w, *, attn_mask=None, is_causal=False, batch_first=True, norm_first=False, activation="gelu"):
+def plain(
+    src, w, *, attn_mask=None, is_causal=False, batch_first=True, norm_first=False, activation="gelu", eps1=1e-5,
+    eps2=1e-5,
+):  # fmt: skip
     """The layer in plain PyTorch."""
     x = src if batch_first else src.transpose(0, 1)
     b, n, e = x.shape
@@ -54,10 +57,10 @@ def plain(src, w, *, attn_mask=None, is_causal=False, batch_first=True, norm_fir
         return F.linear(act(F.linear(x, w.weight1, w.bias1)), w.weight2, w.bias2)
 
     def norm1(x):
-        return F.layer_norm(x, (e,), w.norm1_weight, w.norm1_bias)
+        return F.layer_norm(x, (e,), w.norm1_weight, w.norm1_bias, eps1)
 
     def norm2(x):
-        return F.layer_norm(x, (e,), w.norm2_weight, w.norm2_bias)
+        return F.layer_norm(x, (e,), w.norm2_weight, w.norm2_bias, eps2)
 
     if norm_first:
         x = x + attend(norm1(x))
@@ -102,7 +105,8 @@ def test_layer(device, backend, dtype, norm_first):
 
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
 @pytest.mark.parametrize(
-    "case", ["bool mask", "float mask", "causal", "sequence first", "relu", "no biases", "one token"]
+    "case",
+    ["bool mask", "float mask", "causal", "sequence first", "relu", "no biases", "one token", "eps of each norm"],
 )
 def test_option(device, case, norm_first):
     src, weights = tensors((2, 35, 48), device=device, biases=case != "no biases")
@@ -112,6 +116,7 @@ def test_option(device, case, norm_first):
         "causal": {"is_causal": True},
         "sequence first": {"batch_first": False},
         "relu": {"activation": "relu"},
+        "eps of each norm": {"eps1": 0.1, "eps2": 2.0},
     }.get(case, {})
     hold(src[:1, :1] if case == "one token" else src, weights, torch.float32, norm_first=norm_first, **options)
 
