@@ -36,10 +36,17 @@ def of_ratio(a: Sequence[float], b: Sequence[float], level: float) -> tuple[floa
     return middle, ratios[cut - 1], ratios[len(ratios) - cut]
 
 
+EXACT = 900
+"""Pairs of values up to which the distribution is counted out."""
+
+
 @functools.cache
 def _rank(n: int, m: int, outside: float) -> int:
     """The largest k such that the Mann-Whitney statistic of equal distributions is below k, or as far above, with at
-    most this probability."""
+    most this probability. Of many pairs by the normal distribution, which is then a little on the safe side."""
+    if n * m > EXACT:
+        deviation = math.sqrt(n * m * (n + m + 1) / 12.0)
+        return max(0, int(n * m / 2.0 + statistics.NormalDist().inv_cdf(outside / 2.0) * deviation))
     ways = _ways(n, m)
     total, below = math.comb(n + m, n), 0
     for k, count in enumerate(ways):

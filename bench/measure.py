@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -46,8 +47,8 @@ class Outcome:
 class Limits:
     """How long one may measure."""
 
-    rounds: int = 25
-    seconds: float = 8.0
+    rounds: int = 100
+    seconds: float = 4.0
     """Of one case; it cuts the rounds, down to `LEAST_ROUNDS`."""
 
 
@@ -70,7 +71,8 @@ def measure(case: Case, device: timing.Device, wanted: Sequence[str] | None, lim
         limits: how long.
     """
     names = chosen(case, device, wanted)
-    torch._dynamo.reset()  # a limit on recompiling counts over all cases
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # its limit on compiling anew counts over all cases
     outcomes: dict[str, Outcome] = {}
     with case.within():
         try:

@@ -2,8 +2,8 @@
 
 Everything between a public function and the driver runs as on a GPU: checks, choice of configuration, allocation,
 autograd, Triton's cache of compiled kernels and its CUDA launcher, up to the C function that unpacks the arguments and
-calls ``cuLaunchKernel``. Kernels are compiled, for sm_90. Not in it: that C function, and where there is no GPU two
-questions to torch about the current device, some microsecond a launch.
+calls ``cuLaunchKernel``. Kernels are compiled, for sm_90. Not in it: that C function, and two questions to torch about
+the current device, some microsecond a launch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-import torch
 from fusenc.kernels.common import backend, launch
 
 from .machine_code.chips import chips
@@ -73,7 +72,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def stubbed_driver() -> Iterator[_Utils]:
-    """Inside, the library takes the GPU path with tensors of the CPU too, and launches do nothing.
+    """Inside, the library takes the GPU path with tensors of the CPU, and launches do nothing.
 
     Outputs are what `torch.empty` left in memory, so nothing can be said of values.
 
@@ -88,9 +87,8 @@ def stubbed_driver() -> Iterator[_Utils]:
         stack.callback(stub.forget)
         stack.enter_context(mock.patch.object(driver, "_active", stub))
         stack.enter_context(mock.patch.object(nvidia, "PyKernelArg", lambda **fields: fields))
-        if not torch.cuda.is_available():
-            # As under Triton's interpreter the real decision then lets tensors of the CPU pass.
-            stack.enter_context(mock.patch.object(backend, "_INTERPRET", True))
+        # As under Triton's interpreter the real decision then lets tensors of the CPU pass.
+        stack.enter_context(mock.patch.object(backend, "_INTERPRET", True))
         stack.enter_context(mock.patch.object(launch, "compute_units", lambda index: chips()[ARCH].units))
         stack.enter_context(mock.patch.object(launch, "architecture", lambda index: ARCH))
         yield stub.utils

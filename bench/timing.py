@@ -58,7 +58,7 @@ class Cpu:
     """The host, with its monotonic clock."""
 
     name = kind = where = "cpu"
-    least = 2e-3
+    least = 1e-3
     copies = 1
 
     def __init__(self) -> None:

@@ -111,6 +111,8 @@ class Case:
     tokens: int = 0
     sizes: Mapping[str, Any] = field(default_factory=dict)
     """What a plot can use as an axis: batch, length, width, heads, fill, and the kind of the case."""
+    rivals: bool = True
+    """False where the yardstick does something else, so that its ratio serves to compare two results and no more."""
     within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     """A state of the process in which the case is built and measured."""
 
@@ -231,8 +233,8 @@ def points(
         chosen = dataclasses.replace(grid, **given)
         if not needs_heads:
             chosen = dataclasses.replace(chosen, heads=grid.heads[:1])
-        for values in itertools.product(*dataclasses.astuple(chosen)):
-            point = Point(*values, device.kind, device.where)  # type: ignore[call-arg]
+        for values in itertools.product(*vars(chosen).values()):
+            point = Point(**dict(zip(vars(chosen), values, strict=True)), kind=device.kind, device=device.where)
             if needs_heads and point.width % point.heads:
                 raise ValueError(f"--heads: expected a divisor of width {point.width}, got {point.heads}")
             seen.setdefault(point)

@@ -171,7 +171,7 @@ def _case(
 
     def run(model: nn.Module, call: Callable[..., Any] | None = None) -> Maker:
         parameters = list(model.parameters())
-        forward = call or model
+        forward = model if call is None else call
 
         def hidden(tokens: Tensor, mask: Tensor) -> Tensor:
             return forward(input_ids=tokens, attention_mask=mask).last_hidden_state

@@ -246,6 +246,17 @@ def test_every_output_holds_the_same_numbers(stub, tmp_path):
     assert results.text(again) == files["json"].read_text()
 
 
+def test_a_yardstick_that_is_no_rival_has_no_ratio(stub, tmp_path):
+    launched = case(fusenc=provider())
+    launched.rivals, launched.targets = False, {}
+    stub.append(launched)
+    done = bench("stub", "--rounds", 3, "--json", tmp_path / "out.json", "--html", tmp_path / "out.html")
+    found = results.load(tmp_path / "out.json")
+    assert done.exit_code == 0 and results.figures(found, found.records[0], "fusenc").ratio is None
+    assert results.ratios(found.records[0], "fusenc", "eager")
+    assert all(case.rivals != case.name.startswith("launching") for case in cases.host.cases({}, timing.Cpu()))
+
+
 def test_interrupted_it_keeps_what_is_there_and_goes_on_from_it(stub, tmp_path):
     file = tmp_path / "out.json"
     stub += [case("one", fusenc=provider()), case("two", fusenc=provider(KeyboardInterrupt()))]

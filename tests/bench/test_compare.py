@@ -28,7 +28,7 @@ def run_of(generator, figures=60, rounds=11, spread=0.1, slower=None, against=("
             times = noisy(generator, median, rounds, spread)
             outcomes[name] = Outcome("measured", seconds=[d * t for d, t in zip(drift, times, strict=True)])
         found.records.append(
-            Record("stub", str(i), "float32", "forward", list(against), {}, 0.0, 0.0, 0, "", {}, outcomes)
+            Record("stub", str(i), "float32", "forward", list(against), {}, 0.0, 0.0, 0, "", {}, True, outcomes)
         )
     return found
 
@@ -82,9 +82,14 @@ def test_the_band_holds_the_true_ratio_as_often_as_it_says():
     assert 0.02 < missed / 1000 < 0.08  # 0.043 is the nearest to 0.1 that ranks give
 
 
-def test_intervals_are_those_of_the_books():
+def test_intervals_are_those_of_the_books(monkeypatch):
     # Conover, table A7: with 25 and 25 values, statistics from 212 on are no evidence at 5 %; with 5 and 5 from 3 on.
     assert intervals._rank(25, 25, 0.05) == 212 and intervals._rank(5, 5, 0.05) == 3
+    exact = [intervals._rank(30, 30, outside) for outside in (0.05, 5e-5)]
+    with monkeypatch.context() as patch:
+        patch.setattr(intervals, "EXACT", 0)
+        normal = [intervals._rank.__wrapped__(30, 30, outside) for outside in (0.05, 5e-5)]
+    assert all(0.9 * e < n <= e for e, n in zip(exact, normal, strict=True))
     assert sum(intervals._ways(7, 9)) == math.comb(16, 7)
     # The median of 25 values lies between the 8th and the 18th with 95 %.
     assert intervals.of_median(list(range(1, 26))) == (8, 18)
