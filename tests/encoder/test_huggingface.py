@@ -141,7 +141,8 @@ def small_model(name: str, *, implementation: str | None = None, dropout: float 
     ):  # initial weights are so small that attention would hardly matter, biases and norms not at all
         for path, parameter in model.named_parameters():
             if parameter.dim() == 2 and "embeddings" not in path:
-                parameter.mul_(0.2 / parameter.std())
+                scale = 0.05 if path.endswith("Attention.q.weight") else 0.2  # T5 scales no scores but these weights
+                parameter.mul_(scale / parameter.std())
             elif parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
