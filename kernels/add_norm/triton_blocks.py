@@ -57,7 +57,6 @@ def row_shape(width: int, itemsize: int, lanes: int) -> Shape:
     return Shape(num_warps // warps, block_n, -(-width // block_n), num_warps)
 
 
-@functools.cache
 def lanes(device_index: int | None) -> int:
     """Threads of a warp."""
     return 64 if launch.architecture(device_index).startswith("gfx9") else 32
