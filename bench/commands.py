@@ -162,7 +162,10 @@ def verify(
 @app.command()
 def roofline(
     model: Annotated[
-        str, typer.Option(help="bert-base, bert-large, roberta-base, minilm-l6, vit-b or vit-l.")
+        str,
+        typer.Option(
+            help="bert-base, bert-large, roberta-base, minilm-l6, vit-b, vit-l or a Hugging Face model's folder."
+        ),
     ] = "bert-base",
     batch: Annotated[int, typer.Option(help="Sequences.")] = 32,
     seq: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
@@ -175,13 +178,10 @@ def roofline(
     details: Annotated[bool, typer.Option("--details", help="Every kernel.")] = False,
 ) -> None:
     """Bound the time of a training layer by the chips' published peaks: eager, SDPA, compiled and fused."""
-    from .roofline import MODELS, Shape, run
+    from .roofline import run, shape_of
 
-    if model not in MODELS:
-        raise _fail(f"unknown model {model!r}, expected one of {', '.join(MODELS)}")
-    given = {"layers": layers, "d_model": d_model, "nhead": nhead, "dim_feedforward": dim_feedforward}
-    shape = Shape(**{name: getattr(MODELS[model], name) if value is None else value for name, value in given.items()})
     try:
+        shape = shape_of(model, layers=layers, d_model=d_model, nhead=nhead, dim_feedforward=dim_feedforward)
         run(shape, batch, seq, gpu.split(","), launch_us, details)
     except ValueError as error:
         raise _fail(str(error)) from None
@@ -191,9 +191,13 @@ def roofline(
 def tune(
     operations: Annotated[list[str] | None, typer.Argument(help="Operations to measure; all if none is given.")] = None,
     rows: Annotated[str, typer.Option(help="Numbers of tokens, comma-separated.")] = "1024,4096,16384",
-    model: Annotated[str, typer.Option(help="A model's widths, as for roofline.")] = "bert-base",
+    length: Annotated[str, typer.Option(help="Tokens of a sequence, for attention.")] = "128,512,2048",
+    model: Annotated[
+        str, typer.Option(help="Whose widths: a name, as for roofline, or a Hugging Face model's folder.")
+    ] = "bert-base",
     d_model: Annotated[int | None, typer.Option(help="Another width.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Another hidden width.")] = None,
+    nhead: Annotated[int | None, typer.Option(help="Another number of heads.")] = None,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
     export: Annotated[Path | None, typer.Option(help="Also write this GPU's choices to a table file.")] = None,
     reset: Annotated[bool, typer.Option("--reset", help="Forget what was measured before.")] = False,
@@ -201,21 +205,14 @@ def tune(
     """Measure the ways to do the same on this machine's GPU and keep the fastest for later calls."""
     from filelock import Timeout
 
-    from .roofline import MODELS
+    from .roofline import shape_of
     from .tune import TuneError, run
 
-    if model not in MODELS:
-        raise _fail(f"unknown model {model!r}, expected one of {', '.join(MODELS)}")
-    shape = MODELS[model]
+    counts, lengths = _numbers("--rows", rows), _numbers("--length", length)
     try:
-        counts = [int(n) for n in rows.split(",")]
-    except ValueError:
-        raise _fail(f"--rows: expected numbers, comma-separated, got {rows!r}") from None
-    width = shape.d_model if d_model is None else d_model
-    wide = shape.dim_feedforward if hidden is None else hidden
-    try:
-        status = run(operations or [], counts, width, wide, dtype, export, reset)
-    except (TuneError, OSError, Timeout) as error:  # OSError: a file that cannot be written
+        shape = shape_of(model, d_model=d_model, nhead=nhead, dim_feedforward=hidden)
+        status = run(operations or [], counts, lengths, shape, dtype, export, reset)
+    except (TuneError, ValueError, OSError, Timeout) as error:  # OSError: a file that cannot be written
         raise _fail(str(error)) from None
     raise typer.Exit(status)
 

@@ -6,8 +6,10 @@ at least the time the host needs to launch them. Caches, latency and tails are l
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -40,6 +42,39 @@ MODELS = {
     "vit-b": Shape(12, 768, 12, 3072),
     "vit-l": Shape(24, 1024, 16, 4096),
 }
+
+
+def shape_of(model: str, **given: int | None) -> Shape:
+    """The dimensions of a model: one of `MODELS`, or a Hugging Face model's folder; those `given` replace its own.
+
+    Raises:
+        ValueError: neither, or a model whose configuration has no such widths.
+    """
+    shape = MODELS.get(model)
+    if shape is None and (Path(model) / "config.json").is_file():
+        shape = _shape_of_folder(Path(model))
+    if shape is None:
+        raise ValueError(
+            f"unknown model {model!r}, expected one of {', '.join(MODELS)} or a Hugging Face model's folder"
+        )
+    return replace(shape, **{name: value for name, value in given.items() if value is not None})
+
+
+_NAMES = {
+    "layers": ("num_hidden_layers", "n_layers", "num_layers", "encoder_layers"),
+    "d_model": ("hidden_size", "dim", "d_model"),
+    "nhead": ("num_attention_heads", "n_heads", "num_heads", "encoder_attention_heads"),
+    "dim_feedforward": ("intermediate_size", "hidden_dim", "d_ff", "encoder_ffn_dim"),
+}
+"""How Hugging Face's families call the dimensions."""
+
+
+def _shape_of_folder(folder: Path) -> Shape:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = {ours: next((config[name] for name in names if name in config), 0) for ours, names in _NAMES.items()}
+    if lacking := [ours for ours, value in found.items() if not (isinstance(value, int) and value)]:
+        raise ValueError(f"{folder / 'config.json'}: has no {', '.join(lacking)} by any of the names that encoders use")
+    return Shape(**found)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
-from fusenc.kernels.common import tuned
+from fusenc.kernels.common import launch, tuned
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -20,11 +21,13 @@ from torch import Tensor
 from . import timing
 from .checking import DTYPES, difference
 from .files import replace
+from .roofline import Shape
 
 Call = Callable[[], Sequence[Tensor]]
 
 ROUNDS = 21
 WARM_UP = 3
+DEVICE = "cuda"
 LOCK_SECONDS = 60.0
 
 
@@ -77,14 +80,94 @@ def measure(tunable: Tunable, device: timing.Device, rounds: int = ROUNDS) -> Me
     return Measured(tunable, {name: statistics.median(taken) for name, taken in seconds.items()}, refused)
 
 
-Size = tuple[int, int, int]
-"""Rows, d_model, d_hidden."""
+class Size(NamedTuple):
+    """What is tuned for: tokens in sequences of one length, and a model's widths."""
+
+    rows: int
+    length: int
+    d_model: int
+    hidden: int
+    heads: int
+
+
+def _forced(table: Any, key: Any, call: Call) -> dict[str, Call]:
+    """The call with each configuration that a kernel's table knows for the key."""
+
+    def way(config: Any) -> Call:
+        def run() -> Sequence[Tensor]:
+            with table.forced(config):
+                return call()
+
+        return run
+
+    return {name: way(config) for name, config in table.candidates(key).items()}
+
+
+def _attention_tensors(size: Size, dtype: torch.dtype) -> list[Tensor]:
+    head = size.d_model // size.heads
+    shape = max(1, size.rows // size.length), size.heads, size.length, head
+    return [torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(3)]
+
+
+def _attention(operation: str, table: Any, size: Size, dtype: torch.dtype, call: Call, reference: Call) -> Tunable:
+    head = max(16, launch.power_of_2(size.d_model // size.heads))
+    key = max(2, dtype.itemsize), head
+    return Tunable(operation, dtype, (size.length, head), _forced(table, key, call), reference)
+
+
+def _attention_forward(size: Size, dtype: torch.dtype) -> Tunable:
+    from fusenc.kernels import attention
+    from fusenc.kernels.attention import configs
+
+    q, k, v = _attention_tensors(size, dtype)
+    call = _without_gradients(lambda: attention(q, k, v))
+    return _attention("attention_forward", configs.FORWARD, size, dtype, call, _eager(call))
+
+
+def _attention_gradient(operation: str, size: Size, dtype: torch.dtype) -> Tunable:
+    """Of the query alone, or of key and value, so that one kernel does the work."""
+    from fusenc.kernels import attention
+    from fusenc.kernels.attention import configs
+
+    q, k, v = _attention_tensors(size, dtype)
+    table, leaves = (configs.DQ, [q]) if operation == "attention_dq" else (configs.DKDV, [k, v])
+    for leaf in leaves:
+        leaf.requires_grad_()
+    upstream = torch.randn_like(q)
+    call = _backward(lambda: attention(q, k, v), leaves, upstream)
+    reference = _eager(_backward(lambda: attention(q, k, v), leaves, upstream))
+    return _attention(operation, table, size, dtype, call, reference)
+
+
+def _linear_act(size: Size, dtype: torch.dtype) -> Tunable:
+    from fusenc import kernels
+    from fusenc.kernels.ffn import configs
+
+    x, w1, b1, _, _ = _ffn_tensors(size, dtype)
+    linear_act: Any = kernels.linear_act  # type: ignore[attr-defined]
+    call = _without_gradients(lambda: linear_act(x, w1, b1, "gelu", fused=True))
+    ways = _forced(configs.FORWARD, (dtype.itemsize, False), call)
+    return Tunable("linear_act", dtype, (size.rows, size.hidden, size.d_model), ways, _eager(call))
+
+
+def _hidden_gradient(size: Size, dtype: torch.dtype) -> Tunable:
+    from fusenc import kernels
+    from fusenc.kernels.ffn import configs
+
+    leaves = [t.detach().requires_grad_() for t in _ffn_tensors(size, dtype)]
+    ffn: Any = kernels.ffn
+    upstream = torch.randn(size.rows, size.d_model, dtype=dtype, device=DEVICE)
+    needed = leaves[1:3]  # the first product's weight and bias: both need the hidden gradient, no input's product
+    call = _backward(lambda: ffn(*leaves, fused=True), needed, upstream)
+    ways = _forced(configs.BACKWARD, (dtype.itemsize, False), call)
+    reference = _eager(_backward(lambda: ffn(*leaves), needed, upstream))
+    return Tunable("hidden_gradient", dtype, (size.rows, size.hidden, size.d_model), ways, reference)
 
 
 def _ffn_tensors(size: Size, dtype: torch.dtype) -> list[Tensor]:
-    rows, d_model, hidden = size
+    rows, _, d_model, hidden, _ = size
     shapes = ((rows, d_model), (hidden, d_model), (hidden,), (d_model, hidden), (d_model,))
-    x, w1, b1, w2, b2 = (torch.randn(shape, dtype=dtype, device="cuda") for shape in shapes)
+    x, w1, b1, w2, b2 = (torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes)
     return [x, w1 / d_model**0.5, b1, w2 / hidden**0.5, b2]
 
 
@@ -92,6 +175,18 @@ def _without_gradients(call: Callable[[], Tensor]) -> Call:
     def run() -> Sequence[Tensor]:
         with torch.no_grad():
             return [call()]
+
+    return run
+
+
+def _backward(call: Callable[[], Tensor], leaves: Sequence[Tensor], upstream: Tensor) -> Call:
+    """The backward pass alone: the forward pass happens once, outside what is measured."""
+    graph: list[Tensor] = []
+
+    def run() -> Sequence[Tensor]:
+        if not graph:
+            graph.append(call())
+        return torch.autograd.grad(graph[0], list(leaves), upstream, retain_graph=True)
 
     return run
 
@@ -109,22 +204,21 @@ def _eager(call: Callable[[], Sequence[Tensor]]) -> Call:
 def _ffn_forward(size: Size, dtype: torch.dtype) -> Tunable:
     from fusenc import kernels
 
-    rows, d_model, hidden = size
     x, w1, b1, _, _ = _ffn_tensors(size, dtype)
     linear_act: Any = kernels.linear_act  # type: ignore[attr-defined]
     ways = {
         name: _without_gradients(lambda fused=name == "fused": linear_act(x, w1, b1, "gelu", fused=fused))  # type: ignore[misc]
         for name in ("fused", "unfused")
     }
-    return Tunable("ffn_forward", dtype, (rows, hidden, d_model), ways, _eager(ways["unfused"]))
+    return Tunable("ffn_forward", dtype, (size.rows, size.hidden, size.d_model), ways, _eager(ways["unfused"]))
 
 
 def _ffn_output(size: Size, dtype: torch.dtype) -> Tunable:
     from fusenc.kernels.ffn import triton_forward
 
-    rows, d_model, hidden = size
+    rows, _, d_model, hidden, _ = size
     residual, _, _, weight, bias = _ffn_tensors(size, dtype)
-    activated = torch.randn(rows, hidden, dtype=dtype, device="cuda")
+    activated = torch.randn(rows, hidden, dtype=dtype, device=DEVICE)
     output: Any = triton_forward.output_forward  # type: ignore[attr-defined]
     ways = {
         name: _without_gradients(
@@ -139,29 +233,33 @@ def _ffn_output(size: Size, dtype: torch.dtype) -> Tunable:
 def _ffn_backward(size: Size, dtype: torch.dtype) -> Tunable:
     from fusenc import kernels
 
-    rows, d_model, hidden = size
+    rows, _, d_model, hidden, _ = size
     leaves = [t.detach().requires_grad_() for t in _ffn_tensors(size, dtype)]
     ffn: Any = kernels.ffn
-    upstream = torch.randn(rows, d_model, dtype=dtype, device="cuda")
+    upstream = torch.randn(rows, d_model, dtype=dtype, device=DEVICE)
 
     def way(fused: bool) -> Call:
-        graph: list[Tensor] = []
-
-        def run() -> Sequence[Tensor]:
-            if not graph:  # the forward pass happens once, outside what is measured
-                graph.append(ffn(*leaves, fused=fused))
-            return torch.autograd.grad(graph[0], leaves, upstream, retain_graph=True)
-
-        return run
+        return _backward(lambda: ffn(*leaves, fused=fused), leaves, upstream)
 
     ways = {name: way(name == "fused") for name in ("fused", "unfused")}
     return Tunable("ffn_backward", dtype, (rows, hidden, d_model), ways, _eager(way(False)))
 
 
 TUNABLES: dict[str, Callable[[Size, torch.dtype], Tunable]] = {
-    "ffn_forward": _ffn_forward, "ffn_output": _ffn_output, "ffn_backward": _ffn_backward,
-}  # fmt: skip
-"""What `fusenc tune` knows, by operation: makes one tunable of a size."""
+    "attention_forward": _attention_forward,
+    "attention_dq": functools.partial(_attention_gradient, "attention_dq"),
+    "attention_dkdv": functools.partial(_attention_gradient, "attention_dkdv"),
+    "linear_act": _linear_act,
+    "hidden_gradient": _hidden_gradient,
+    "ffn_forward": _ffn_forward,
+    "ffn_output": _ffn_output,
+    "ffn_backward": _ffn_backward,
+}
+"""What `fusenc tune` knows, by operation: makes one tunable of a size. Configurations of a kernel come before the
+choices between it and another way, which then is with the best of them."""
+
+_BY_LENGTH = ("attention_forward", "attention_dq", "attention_dkdv")
+"""Operations measured for each length; the others for each number of rows."""
 
 
 def add_choices(file: Path, sections: Mapping[str, Mapping[str, str]]) -> None:
@@ -197,8 +295,8 @@ def tune(
 
 
 def run(
-    operations: Sequence[str], rows: Sequence[int], d_model: int, hidden: int, dtype: str, export: Path | None,
-    reset: bool,
+    operations: Sequence[str], rows: Sequence[int], lengths: Sequence[int], shape: Shape, dtype: str,
+    export: Path | None, reset: bool,
 ) -> int:  # fmt: skip
     """Tune and print; the exit status is 1 if an operation was left without a choice.
 
@@ -210,9 +308,12 @@ def run(
             raise TuneError(f"unknown operation {name!r}, expected one of {', '.join(TUNABLES)}")
     if dtype not in DTYPES:
         raise TuneError(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
-    for option, value in (*(("--rows", n) for n in rows), ("--d-model", d_model), ("--hidden", hidden)):
+    widths = (("--d-model", shape.d_model), ("--hidden", shape.dim_feedforward), ("--heads", shape.nhead))
+    for option, value in (*(("--rows", n) for n in rows), *(("--length", n) for n in lengths), *widths):
         if value < 1:
             raise TuneError(f"{option}: expected at least 1, got {value}")
+    if shape.d_model % shape.nhead:
+        raise TuneError(f"--heads: expected a divisor of the width {shape.d_model}, got {shape.nhead}")
     device = timing.find_gpu()
     if device is None:
         raise TuneError("tune measures on a GPU, and torch finds none here")
@@ -220,11 +321,15 @@ def run(
     if reset:
         file.unlink(missing_ok=True)
         tuned.forget()
-    work = [
-        lambda make=TUNABLES[name], n=n: make((n, d_model, hidden), DTYPES[dtype])  # type: ignore[misc]
-        for name in operations or TUNABLES
-        for n in rows
-    ]
+    chosen = [name for name in TUNABLES if not operations or name in operations]
+    sizes = {
+        name: [Size(max(rows), n, *widths) for n in lengths]
+        if name in _BY_LENGTH
+        else [Size(n, min(lengths), *widths) for n in rows]
+        for widths in [(shape.d_model, shape.dim_feedforward, shape.nhead)]
+        for name in chosen
+    }
+    work = [functools.partial(TUNABLES[name], size, DTYPES[dtype]) for name in chosen for size in sizes[name]]
     console = Console()
     table = Table("operation", "sizes", "candidate", "median us", "verdict", title=device.name, title_justify="left")
     without_choice = 0

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..common import launch
+from ..common.config_table import ConfigTable
 from .triton_blocks import Switches
 
 
@@ -22,25 +23,24 @@ class Config(NamedTuple):
 Configs = dict[tuple[int, int], Config]
 
 
-class Table:
-    """Configurations by element size and padded head size, and by architecture where one has its own.
+class Table(ConfigTable[tuple[int, int], Config]):
+    """Configurations by element size and padded head size.
 
     Those of an architecture use its registers to the last; with one of the options in `crowded`, which need some
-    themselves, the general ones serve.
+    themselves, the general ones serve. What `fusenc tune` measured serves calls without any such option.
     """
 
-    def __init__(self, general: Configs, crowded: tuple[str, ...] = (), **of_architecture: Configs) -> None:
-        self._general = general
+    def __init__(self, operation: str, general: Configs, crowded: tuple[str, ...] = (), **of_family: Configs) -> None:
+        super().__init__(operation, general, of_family)
         self._crowded = crowded
-        self._of_architecture = of_architecture
 
-    def choose(self, query: Tensor, switches: Switches) -> Config:
-        """The configuration for a call."""
-        key = max(2, query.element_size()), max(switches.BLOCK_D, switches.BLOCK_DV)
-        own = self._of_architecture.get(launch.family(query.device.index), {})
-        if any(getattr(switches, name) not in (False, 0, "none") for name in self._crowded):
-            own = {}
-        config = own.get(key) or self._general[key]
+    def choose(self, query: Tensor, switches: Switches, length: int) -> Config:
+        """The configuration for a call; `length` is that of the longest sequence of queries."""
+        own = not any(getattr(switches, name) not in (False, 0, "none") for name in self._crowded)
+        # Masks and added terms are loaded to shared memory, which the configuration measured without may fill.
+        plain = own and switches.MASK == "none" and not (switches.ADDED or switches.DROPOUT or switches.SPARSE)
+        sizes = (launch.power_of_2(length), head_size(switches)) if plain else None
+        config = self.look_up((max(2, query.element_size()), head_size(switches)), query, own, sizes)
         if switches.SPARSE:  # no block may reach over the edge of a block mask's
             config = config._replace(
                 block_m=min(config.block_m, switches.SPARSE), block_n=min(config.block_n, switches.SPARSE)
@@ -48,11 +48,17 @@ class Table:
         return config
 
 
+def head_size(switches: Switches) -> int:
+    """The padded head size that counts: the larger of the query's and the value's."""
+    return max(switches.BLOCK_D, switches.BLOCK_DV)
+
+
 # Evidence: `fusenc inspect` (the bounds without overlap are in docs/results.md; bench/machine_code/budget.csv holds the
 # tables to them). The general configurations fit the shared memory of the smallest chips (64 KiB on gfx942) and keep
 # everything in registers there. Of two configurations with equal bounds the one whose
 # loads are pipelined (two stages or more), which the bounds do not see, and of those that with smaller blocks.
 FORWARD = Table(
+    "attention_forward",
     {
         (2, 16): Config(128, 64, 4, 3),
         (2, 32): Config(128, 64, 4, 3),
@@ -70,6 +76,7 @@ FORWARD = Table(
     hopper={(2, 64): Config(128, 128, 8, 2), (2, 128): Config(128, 128, 8, 2)},
 )
 DKDV = Table(
+    "attention_dkdv",
     {
         (2, 16): Config(32, 128, 4, 2),
         (2, 32): Config(32, 128, 4, 2),
@@ -87,6 +94,7 @@ DKDV = Table(
     hopper={(2, 64): Config(64, 128, 8, 2), (2, 128): Config(32, 128, 8, 1)},
 )
 DQ = Table(
+    "attention_dq",
     {
         (2, 16): Config(128, 64, 4, 2),
         (2, 32): Config(128, 32, 4, 2),
@@ -106,6 +114,7 @@ DQ = Table(
     hopper={(2, 64): Config(128, 64, 8, 2), (2, 128): Config(128, 64, 8, 2)},
 )
 PLANES = Table(
+    "attention_plane",
     {
         (2, 16): Config(64, 64, 4, 1),
         (2, 32): Config(64, 64, 4, 1),

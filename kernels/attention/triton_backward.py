@@ -445,7 +445,7 @@ def attention_backward(
         if needs_dquery:
             dquery = empty_in_order_of(query, query.shape[3]) if grads is None else grads[0]
             delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-            config = DQ.choose(query, call.switches)
+            config = DQ.choose(query, call.switches, options.max_len_q)
             blocks = triton.cdiv(options.max_len_q, config.block_m)
             attention_dq_kernel[(blocks * call.sequences * call.nhead,)](
                 query, key, value, out, dout, delta if dlse is None else dlse.contiguous(), statistics, delta, dquery,
@@ -465,7 +465,7 @@ def attention_backward(
                 else grads[1:]
             )
             jobs, count = _NO_SUMS if sums is None else sums.take()
-            config = DKDV.choose(query, call.switches)
+            config = DKDV.choose(query, call.switches, options.max_len_q)
             blocks = triton.cdiv(options.max_len_k, config.block_n)
             attention_dkdv_kernel[(blocks * call.sequences * key.shape[1],)](
                 query, key, value, dout, statistics, delta, dkey, dvalue, *call.pointers,
@@ -492,7 +492,7 @@ def bias_sums(inputs: Inputs, options: Options) -> Tensor:
     """What dQ's kernel writes its shares of the gradients of the query's and the value's bias to, float32
     ``[blocks of queries, H D + H Dv]``; their sum over the rows is the gradient of each element."""
     query, value = inputs.query, inputs.value
-    config = DQ.choose(query, describe(inputs, options).switches)
+    config = DQ.choose(query, describe(inputs, options).switches, options.max_len_q)
     rows = triton.cdiv(options.max_len_q, config.block_m) * sequences(inputs, options)
     width = query.shape[1] * (query.shape[3] + value.shape[3])
     return torch.empty((rows, width), dtype=torch.float32, device=query.device)

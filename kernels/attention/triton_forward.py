@@ -199,7 +199,7 @@ def attention_forward(inputs: Inputs, options: Options, return_lse: bool) -> tup
     lse = torch.empty(rows, dtype=torch.float32, device=query.device) if return_lse else None
     if statistics.numel() == 0 or call.sequences == 0:
         return out, lse, statistics
-    config = FORWARD.choose(query, call.switches)
+    config = FORWARD.choose(query, call.switches, call.len_q)
     blocks = triton.cdiv(call.len_q, config.block_m)
     with launch.on_device_of(query):
         attention_forward_kernel[(blocks * call.sequences * call.nhead,)](

@@ -257,7 +257,7 @@ def _launch_plane(
     first_row: int, row_count: int, factor: float,
 ) -> None:  # fmt: skip
     call = describe(inputs, options)
-    config = PLANES.choose(inputs.query, call.switches)
+    config = PLANES.choose(inputs.query, call.switches, call.len_q)
     batch, nhead, rows, columns = out.shape
     sum_rows, sum_columns = rows == 1 and row_count > 1, columns == 1 and options.max_len_k > 1
     blocks_m = 1 if sum_rows else triton.cdiv(row_count, config.block_m)

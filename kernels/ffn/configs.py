@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..common import launch, tuned
+from ..common.config_table import ConfigTable
 
 
 class Config(NamedTuple):
@@ -24,18 +25,16 @@ class Config(NamedTuple):
 Configs = dict[tuple[int, bool], Config]
 
 
-class Table:
-    """Configurations by element size and heavy epilogue, and by architecture where one has its own."""
+class Table(ConfigTable[tuple[int, bool], Config]):
+    """Configurations by element size and heavy epilogue; what `fusenc tune` measured serves those that are not."""
 
-    def __init__(self, general: Configs, **of_architecture: Configs) -> None:
-        self._general = general
-        self._of_architecture = of_architecture
+    def __init__(self, operation: str, general: Configs, **of_family: Configs) -> None:
+        super().__init__(operation, general, of_family)
 
-    def choose(self, x: Tensor, heavy: bool) -> Config:
-        """The configuration for a call."""
-        own = self._of_architecture.get(family(x), {})
-        key = x.element_size(), heavy
-        return own.get(key) or self._general[key]
+    def choose(self, x: Tensor, heavy: bool, columns: int) -> Config:
+        """The configuration for the product of ``x [rows, inner]`` with `columns` columns."""
+        sizes = None if heavy else (launch.power_of_2(x.shape[0]), columns, x.shape[1])
+        return self.look_up((x.element_size(), heavy), x, True, sizes)
 
 
 def family(x: Tensor) -> str:
@@ -47,6 +46,7 @@ def family(x: Tensor) -> str:
 # stages reaches the bound of a plain product, 59 % on sm_80 and 70 % on sm_90; the epilogue is halved until nothing
 # spills. The general configurations fit 64 KiB of shared memory.
 FORWARD = Table(
+    "linear_act",
     {
         (2, False): Config(128, 128, 32, 8, 2, 2),
         (2, True): Config(128, 64, 32, 8, 2, 1),
@@ -59,6 +59,7 @@ FORWARD = Table(
 )
 """Heavy: gated, which has two products in registers."""
 BACKWARD = Table(
+    "hidden_gradient",
     {
         (2, False): Config(128, 128, 32, 8, 2, 2),
         (2, True): Config(128, 128, 32, 8, 2, 2),

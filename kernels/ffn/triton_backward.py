@@ -257,7 +257,7 @@ def hidden_gradient(
         return result[0], result[1], result[2]
     dhidden = torch.empty_like(hidden)
     activated = torch.empty((rows, columns), dtype=hidden.dtype, device=hidden.device) if needs_activated else None
-    config = configs.BACKWARD.choose(dout, gated or seed is not None or needs_activated)
+    config = configs.BACKWARD.choose(dout, gated or seed is not None or needs_activated, columns)
     blocks_m = triton.cdiv(rows, config.block_m)
     partial = dhidden
     if needs_dbias:

@@ -156,7 +156,7 @@ def _launch_product(
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
     any_out = out if out is not None else hidden
     assert any_out is not None
-    config = configs.FORWARD.choose(x, gated)
+    config = configs.FORWARD.choose(x, gated, columns)
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)
     with launch.on_device_of(x):
         linear_act_kernel[grid](

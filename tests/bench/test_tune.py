@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -12,7 +13,11 @@ import time
 import pytest
 import torch
 from fusenc.bench import commands, tune
-from fusenc.kernels.common import tuned
+from fusenc.bench.machine_code.compiling import record_launches
+from fusenc.kernels import attention, ffn
+from fusenc.kernels.attention import configs as attention_configs
+from fusenc.kernels.common import config_table, tuned
+from fusenc.kernels.ffn import configs as ffn_configs
 from typer.testing import CliRunner
 
 ONES = torch.ones(4)
@@ -84,7 +89,11 @@ def stub(monkeypatch, tmp_path):
 
     def make(operation):
         return lambda size, dtype: tune.Tunable(
-            operation, dtype, size, {"fused": candidate(2e-6), "unfused": candidate(1e-6)}, lambda: [ONES]
+            operation,
+            dtype,
+            (size.rows, size.d_model, size.hidden),
+            {"fused": candidate(2e-6), "unfused": candidate(1e-6)},
+            lambda: [ONES],
         )
 
     monkeypatch.setattr(tune, "TUNABLES", {name: make(name) for name in ("one", "two")})
@@ -118,6 +127,8 @@ BAD = {
     "operation": (["three"], "expected one of one, two"),
     "dtype": (["--dtype", "int8"], "expected one of float16, bfloat16, float32"),
     "model": (["--model", "gpt"], "expected one of bert-base"),
+    "length": (["--length", "0"], "--length"),
+    "heads": (["--nhead", "7"], "a divisor of the width 768"),
     "rows": (["--rows", "a"], "--rows"),
     "no rows": (["--rows", "0"], "--rows"),
     "width": (["--d-model", "0"], "--d-model"),
@@ -136,8 +147,117 @@ def test_without_a_gpu_it_says_so(stub, monkeypatch):
     assert done.exit_code == 2 and "GPU" in done.output
 
 
+TABLES = (
+    attention_configs.FORWARD, attention_configs.DQ, attention_configs.DKDV, ffn_configs.FORWARD, ffn_configs.BACKWARD,
+)  # fmt: skip
+
+
 def test_the_shipped_operations_are_the_ones_that_the_library_asks_for():
-    assert set(tune.TUNABLES) == {"ffn_forward", "ffn_output", "ffn_backward"}
+    kernels = {table.operation for table in TABLES}
+    assert set(tune.TUNABLES) == {"ffn_forward", "ffn_output", "ffn_backward", *kernels}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("operation", tune.TUNABLES)
+def test_the_shipped_candidates_are_right(operation, request, monkeypatch):
+    """Each runs once on the device of this session, if only to see that it is a way to do the same."""
+    device = request.config.getoption("--device")
+    if device == "cpu":
+        pytest.skip("the ways differ on the kernels alone")
+    monkeypatch.setattr(tune, "DEVICE", "cuda" if device == "cuda" else "cpu")
+    monkeypatch.setattr(config_table, "_STAGES", (2,))
+    for table in TABLES:
+        monkeypatch.setattr(table, "_candidates", {})
+    clock = Clock()
+    clock.seconds = lambda call, calls=1: float(len(call()))
+    made = tune.TUNABLES[operation](tune.Size(80, 40, 128, 64, 2), torch.float16)
+    measured = tune.measure(made, clock, 1)
+    assert measured.refused == {} and len(made.candidates) > 1
+    assert made.sizes == ((40, 64) if operation.startswith("attention") else made.sizes)
+
+
+def test_each_number_of_rows_and_each_length_is_measured_once(stub, monkeypatch):
+    asked = []
+
+    def make(operation, size, dtype):
+        asked.append((operation, size))
+        return tune.Tunable(operation, dtype, (size.rows,), {"a": candidate(1e-6)}, lambda: [ONES])
+
+    names = ("linear_act", "attention_dq")
+    monkeypatch.setattr(tune, "TUNABLES", {name: functools.partial(make, name) for name in names})
+    assert fusenc("--rows", "1024,4096", "--length", "64,128", "--model", "minilm-l6").exit_code == 0
+    widths = (384, 1536, 12)
+    assert asked == [
+        ("linear_act", (1024, 64, *widths)), ("linear_act", (4096, 64, *widths)),
+        ("attention_dq", (4096, 64, *widths)), ("attention_dq", (4096, 128, *widths)),
+    ]  # fmt: skip
+
+
+def test_widths_of_a_models_folder(stub, monkeypatch, tmp_path):
+    sizes = []
+    monkeypatch.setitem(tune.TUNABLES, "one", lambda size, dtype: sizes.append(size) or tunable(a=candidate(1e-6)))
+    names = {"dim": 96, "n_heads": 6, "hidden_dim": 200, "n_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(names))
+    assert fusenc("one", "--rows", "64", "--model", str(tmp_path)).exit_code == 0
+    assert sizes[0][2:] == (96, 200, 6)
+    (tmp_path / "config.json").write_text(json.dumps({"dim": 96}))
+    done = fusenc("one", "--model", str(tmp_path))
+    assert done.exit_code == 2 and "has no layers, nhead, dim_feedforward" in " ".join(done.output.split())
+
+
+def launched(monkeypatch, operation, choice, call):
+    """Block sizes, warps and stages with which a call launches a kernel, where a table says `choice`."""
+    monkeypatch.setattr(tuned, "choice", lambda asked, *rest: choice if asked == operation else None)
+    with record_launches("sm_80") as launches:
+        call()
+    (launch,) = [launch for launch in launches if launch.name == f"{operation}_kernel"]
+    blocks = launch.constants["S"]._asdict() if "S" in launch.constants else launch.constants
+    return blocks["BLOCK_M"], blocks["BLOCK_N"], launch.options["num_warps"], launch.options["num_stages"]
+
+
+def meta(*shape):
+    return torch.empty(shape, dtype=torch.float16, device="meta", requires_grad=True)
+
+
+def attend(**options):
+    q = meta(2, 4, 100, 64)
+    out = attention(q, q, q, **options)
+    out.backward(torch.empty_like(out))
+
+
+def feed_forward(**options):
+    out = ffn(meta(4096, 768), meta(3072, 768), meta(3072), meta(768, 3072), meta(768), fused=True, **options)
+    out.backward(torch.empty_like(out))
+
+
+MASK = torch.ones(2, 1, 1, 100, dtype=torch.bool, device="meta")
+APPLIED = {
+    "attention_forward": (attend, "128x128x8x4", [{"attn_mask": MASK}, {"dropout_p": 0.1}, {"softcap": 30.0}]),
+    "attention_dq": (attend, "64x32x4x3", [{"attn_mask": MASK}, {"dropout_p": 0.1}, {"softcap": 30.0}]),
+    "attention_dkdv": (attend, "64x128x8x3", [{"attn_mask": MASK}, {"dropout_p": 0.1}, {"softcap": 30.0}]),
+    "hidden_gradient": (feed_forward, "128x128x64x8x2x2", [{"dropout_p": 0.1}]),
+}
+
+
+@pytest.mark.parametrize("operation", APPLIED)
+def test_a_measured_configuration_is_launched_where_it_was_measured(monkeypatch, operation):
+    """And not where a call has more to hold than the one that was measured, nor if another version wrote the name."""
+    call, choice, others = APPLIED[operation]
+    usual = launched(monkeypatch, operation, None, call)
+    sizes = [int(n) for n in choice.split("x")]
+    measured = launched(monkeypatch, operation, choice, call)
+    assert measured == (*sizes[:2], *sizes[3 if operation == "hidden_gradient" else 2 :][:2]) != usual
+    assert launched(monkeypatch, operation, "8192x4096x64x9", call) == usual
+    for options in others:
+        usual = launched(monkeypatch, operation, None, lambda options=options: call(**options))
+        assert launched(monkeypatch, operation, choice, lambda options=options: call(**options)) == usual
+
+
+def test_a_forced_configuration_is_launched_until_the_end_of_the_block(monkeypatch):
+    usual = launched(monkeypatch, "attention_dq", None, attend)
+    with attention_configs.DQ.forced(attention_configs.Config(32, 16, 8, 1)):
+        assert launched(monkeypatch, "attention_dq", "64x32x4x3", attend) == (32, 16, 8, 1)
+    assert launched(monkeypatch, "attention_dq", None, attend) == usual
 
 
 WRITER = """
