@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..timing import Device
-from . import add_norm, embed_norm, ffn, layer, rotary
+from . import add_norm, decoder, embed_norm, ffn, layer, rotary
 from .case import RECORDED, Case, Given, Inputs, Point, Provider, function
 
 STUBBED = "the driver is stubbed, so nothing is computed"
 PLAIN, TRAINED = 1 / 1.3, 1 / 1.8
 """Targets: a call may cost 1.3 times the eager composition's, one with gradients 1.8 times."""
-OF_A_LAYER = 1 / 1.2
+OF_A_LAYER = 1.0
+"""A tiny layer may cost what torch's own does on its plain path."""
 
 
 def cases(given: Given, device: Device) -> list[Case]:
@@ -58,6 +59,7 @@ def _tiny(directions: tuple[str, ...], device: Device) -> list[Case]:
             for d in rows:
                 made = layer.case(point(1, 8, 4, d), hidden=128, dropout=dropout)
                 found.append(tiny("layer", made, {"fusenc": OF_A_LAYER}))
+        found += [tiny("decoder", decoder.case(m, point(1, 8, 4, direction)), {}) for m in decoder.MODULES]
     return found
 
 
