@@ -84,7 +84,7 @@ _PATCHES = {
 }  # fmt: skip
 _T5 = {
     **TEXT, "d_model": 48, "d_kv": 16, "num_heads": 4, "d_ff": 64, "num_layers": 2, "use_cache": False,
-    "relative_attention_num_buckets": 6, "relative_attention_max_distance": 4, "decoder_start_token_id": 1,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 8, "decoder_start_token_id": 1,
 }  # fmt: skip
 _GATED_T5 = {**_T5, "feed_forward_proj": "gated-gelu"}
 _BART = {
