@@ -762,6 +762,32 @@ def test_layers_that_are_dropped(name):
         torch.testing.assert_close(got, expected, rtol=0, atol=SAME_ALGORITHM * expected.abs().max().item())
 
 
+def test_mpnets_bias_by_distance_is_its_own_at_long_distances():
+    from fusenc.huggingface import mpnet
+
+    encoder = small_model("mpnet").encoder
+    by_distance = fusenc.kernels.t5_relative_bias(
+        encoder.relative_attention_bias.weight[: mpnet._BUCKETS], max_distance=mpnet._REACH
+    )
+    reach, at = by_distance.shape[1] // 2, torch.arange(300)
+    got = by_distance[:, (reach + at[None] - at[:, None]).clamp(0, 2 * reach)]
+    torch.testing.assert_close(got, encoder.compute_position_bias(torch.zeros(1, 300, 1))[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["bart", "marian"])
+def test_float16_that_overflows_in_an_encoder_layer_is_clamped(name):
+    model = small_model(name).half()
+    with torch.no_grad():
+        model.encoder.layers[-1].final_layer_norm.weight.fill_(6e4)
+    inputs = batch("dense", model=model)
+    calls = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    expected = model.encoder(**calls).last_hidden_state
+    assert (expected == torch.finfo(torch.float16).max - 1000).any()
+    fuse(name, model)
+    got = model.encoder(**calls).last_hidden_state
+    torch.testing.assert_close(got, expected, rtol=5e-3, atol=64.0)
+
+
 def test_other_positions_and_masks():
     """ModernBERT with positions of the user's, with a mask for each kind of layer, with embeddings."""
     model = small_model("modernbert").eval()
