@@ -173,8 +173,10 @@ class PostNormEmbeddings(nn.Module):
         word, position, types = parts["word_embeddings"], parts["position_embeddings"], parts.get(_TABLES[2])
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         position_ids = given.get("position_ids")
+        norm, tables = parts["LayerNorm"], [table.weight for table in (word, position, types) if table is not None]
         if (
             input_ids is None
+            or any(t is not None and t.dtype != word.weight.dtype for t in (*tables, norm.weight, norm.bias))
             or given.get("inputs_embeds") is not None
             or given.get("past_key_values_length")
             or torch._C._get_tracing_state()  # a traced graph is made of torch's own operators
@@ -182,7 +184,6 @@ class PostNormEmbeddings(nn.Module):
             or self.why_not_fused(self)
         ):
             return super().forward(input_ids, *args, **kwargs)
-        norm = parts["LayerNorm"]
         return kernels.embed_norm(
             input_ids, word.weight, position.weight, None if types is None else types.weight, norm.weight, norm.bias,
             position_ids=position_ids, token_type_ids=given.get("token_type_ids"), eps=norm.eps,

@@ -788,6 +788,27 @@ def test_float16_that_overflows_in_an_encoder_layer_is_clamped(name):
     torch.testing.assert_close(got, expected, rtol=5e-3, atol=64.0)
 
 
+@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "bart", "vit"])
+def test_norms_in_float32_among_bfloat16_run_as_they_did(name):
+    model = small_model(name).bfloat16()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+    inputs = batch("dense", model=model)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    results = []
+    for fused in (False, True):
+        if fused:
+            fusenc.fuse(model)
+        try:
+            results.append(model(**inputs).last_hidden_state)
+        except RuntimeError as error:
+            results.append(str(error))
+    assert type(results[0]) is type(results[1])
+    assert isinstance(results[0], str) or torch.equal(*results)
+
+
 def test_other_positions_and_masks():
     """ModernBERT with positions of the user's, with a mask for each kind of layer, with embeddings."""
     model = small_model("modernbert").eval()
