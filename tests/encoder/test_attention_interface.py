@@ -187,6 +187,22 @@ def test_arguments_that_would_be_ignored_raise(name):
         fusenc.huggingface.attention_forward(torch.nn.Identity(), q, q, q, None, **{name: torch.ones(2)})
 
 
+@pytest.mark.parametrize("kind", ["bool", "float", "none"])
+def test_a_position_bias_and_a_mask_both_count(kind):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 5, 8)
+    bias = torch.randn(1, 4, 5, 5)
+    allowed = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    allowed[1, ..., 3:] = False
+    added = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    mask = {"bool": allowed, "float": added, "none": None}[kind]
+    attend = fusenc.huggingface.attention_forward
+    got, _ = attend(torch.nn.Identity(), q, k, v, mask, is_causal=False, position_bias=bias)
+    both = bias if mask is None else bias + added
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, both).transpose(1, 2)
+    torch.testing.assert_close(got, expected)
+
+
 def test_importing_fusenc_alone_registers_nothing():
     code = (
         "import fusenc, sys; assert 'transformers' not in sys.modules\n"

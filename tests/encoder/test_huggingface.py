@@ -788,6 +788,22 @@ def test_float16_that_overflows_in_an_encoder_layer_is_clamped(name):
     torch.testing.assert_close(got, expected, rtol=5e-3, atol=64.0)
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "albert"])
+def test_the_padding_tokens_embedding_has_no_gradient_where_it_is_read(name):
+    model = small_model(name)
+    words = model.embeddings.word_embeddings
+    assert words.padding_idx is not None
+    ids = torch.full((2, 6), words.padding_idx).index_fill(1, torch.tensor([0, 2]), 7)
+    gradients = []
+    for fused in (False, True):
+        if fused:
+            fuse(name, model)
+        hidden = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        gradients.append(output_and_gradients(hidden, [words.weight]))
+    assert not gradients[1][1][words.padding_idx].any()
+    assert_same(gradients[1], gradients[0], SAME_ALGORITHM)
+
+
 @pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "bart", "vit"])
 def test_norms_in_float32_among_bfloat16_run_as_they_did(name):
     model = small_model(name).bfloat16()
@@ -830,6 +846,21 @@ def test_other_positions_and_masks():
         torch.testing.assert_close(got, want, rtol=0, atol=SAME_ALGORITHM * want.abs().max().item())
     got = model(**calls[0], return_dict=False)
     assert isinstance(got, tuple) and torch.equal(got[0][real], model(**calls[0]).last_hidden_state[real])
+
+
+@pytest.mark.parametrize("name", ["bert", "electra", "distilbert", "albert", "mpnet"])
+def test_other_positions_and_types_of_embeddings(name):
+    model = small_model(name)
+    inputs = batch("dense")
+    calls = [{**inputs, "position_ids": torch.arange(9).flip(0).expand(4, -1) * 3}]
+    if name in ("bert", "electra", "albert"):
+        calls.append({**inputs, "token_type_ids": torch.arange(9).expand(4, -1) % 2})
+    expected = [model(**call).last_hidden_state for call in (inputs, *calls)]
+    fuse(name, model)
+    for call, want in zip((inputs, *calls), expected, strict=True):
+        got = model(**call).last_hidden_state
+        torch.testing.assert_close(got, want, rtol=0, atol=SAME_ALGORITHM * want.abs().max().item())
+    assert all((want - expected[0]).abs().max() > 0.01 for want in expected[1:])
 
 
 def test_other_masks_of_clip():
