@@ -897,6 +897,11 @@ def test_reasons():
     for block in mixed.encoder.block:
         block.layer[1].DenseReluDense.wo.float()
     assert reasons(mixed) == {"the weights are of several dtypes"}
+    frozen_row, renormed = small_model("bert"), small_model("bert")
+    frozen_row.embeddings.position_embeddings.padding_idx = 3
+    assert reasons(frozen_row) == {"position_embeddings has a row without gradient"}
+    renormed.embeddings.word_embeddings.max_norm = 1.0
+    assert reasons(renormed) == {"word_embeddings has options that are not fused"}
 
 
 @pytest.mark.parametrize("kind", ["bool", "float", "float by key", "causal"])
