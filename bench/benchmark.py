@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import cases, environment, report, results, timing
 from .cases.case import DIRECTIONS, PROVIDERS, Case, Given
 from .checking import DTYPES
-from .files import replace
+from .files import check_targets, replace
 from .measure import ABSENT, MEMORY, Limits, chosen, measure
 from .results import Results
 
@@ -111,7 +111,8 @@ def run(asked: Asked, files: Files, limits: Limits) -> int:
     """Measure, print and write.
 
     Returns:
-        The exit status: 1 if this library failed or gave wrong values anywhere, `INTERRUPTED` after Ctrl-C.
+        The exit status: 1 if this library failed or gave wrong values anywhere, or if nobody was measured;
+        `INTERRUPTED` after Ctrl-C.
 
     Raises:
         ValueError: something unknown was asked for; the message lists what is known.
@@ -123,6 +124,9 @@ def run(asked: Asked, files: Files, limits: Limits) -> int:
 
         if files.plot.suffix not in SUFFIXES:
             raise ValueError(f"--plot: expected a file ending in {', '.join(SUFFIXES)}, got {files.plot}")
+    check_targets({f"--{name}": file for name, file in vars(files).items()})
+    if files.resume is not None and not files.resume.exists():
+        raise ValueError(f"--resume: there is no file {files.resume}; --json starts one")
     device = find_device(asked.device)
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
@@ -133,8 +137,7 @@ def run(asked: Asked, files: Files, limits: Limits) -> int:
         raise ValueError("nothing to measure: none of these ops has such a case with such a provider")
     if files.resume is not None:
         files.json = files.json or files.resume
-        if files.resume.exists():
-            _resume(kept, results.load(files.resume), console)
+        _resume(kept, results.load(files.resume), console)
     done = {of.key: set(of.outcomes) for of in kept.records}
     left = [case for case in todo if not set(chosen(case, device, providers)) <= done.get(case.key, set())]
     stopped = False
@@ -148,6 +151,9 @@ def run(asked: Asked, files: Files, limits: Limits) -> int:
         again = "" if files.json is None else f"; --resume {files.json} goes on from there"
         console.print(f"Stopped after {len(kept.records)} of {len(todo)} cases{again}.", soft_wrap=True)
         return INTERRUPTED
+    if not any(outcome.seconds for *_, outcome in kept.rows()):
+        console.print("Nothing was measured.")
+        return 1
     return 1 if _broken(kept) else 0
 
 
@@ -217,7 +223,8 @@ def _show(kept: Results, console: Console) -> None:
     summary = Table(*report.HEADER, title="This library against the usual choice", title_justify="left")
     for row in report.summary(kept):
         summary.add_row(*(cell.replace("**", "") for cell in row), style="red" if "missed" in row[-1] else "")
-    wide.print(summary)
+    if summary.rows:
+        wide.print(summary)
     for name, reasons in report.absent(kept).items():
         for reason, count in reasons.items():
             console.print(f"absent: {name}: {reason} ({count} cases)", highlight=False, markup=False, soft_wrap=True)

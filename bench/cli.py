@@ -13,6 +13,10 @@ def main() -> None:
     except ImportError as error:
         print(f"fusenc: the command needs {error.name}; install it with: pip install 'fusenc[bench]'", file=sys.stderr)
         raise SystemExit(2) from None
-    from .commands import app
+    try:
+        from .commands import app
 
-    app()
+        app()
+    except KeyboardInterrupt:  # before a command has begun what it keeps
+        print("fusenc: stopped", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import intervals
+from .measure import ABSENT
 from .results import Record, Results, load, ratios, yardstick
 
 FALSE_ALARMS = 0.01
@@ -21,7 +22,7 @@ BETWEEN_RUNS = 0.05
 """What two processes of one build differ by for reasons that stay the same within each: where memory lies, which
 core serves, what the clock does. No round sees it, so it is added to the band."""
 
-SAME, FASTER, SLOWER, UNKNOWN = "same", "faster", "slower", "too few rounds"
+SAME, FASTER, SLOWER, UNKNOWN, LOST = "same", "faster", "slower", "too few rounds", "without a time now"
 
 
 @dataclass
@@ -75,11 +76,25 @@ def _pairs(before: Results, after: Results) -> Iterator[tuple[Record, Record, st
                 yield old, new, name
 
 
+def lost(before: Results, after: Results) -> list[tuple[str, str, str]]:
+    """Case, provider and reason of every time that the second file should have and has not: its values are wrong there,
+    it failed, or memory ran out."""
+    later = {record.key: record for record in after.records}
+    return [
+        (old.key, name, f"{now.status}: {now.reason}" if now.reason else now.status)
+        for old in before.records
+        if old.key in later
+        for name, outcome in old.outcomes.items()
+        if outcome.seconds and (now := later[old.key].outcomes.get(name)) is not None
+        if not now.seconds and now.status != ABSENT
+    ]
+
+
 def run(first: Path, second: Path) -> int:
-    """Compare two files and print; the exit status is 1 if anything became slower.
+    """Compare two files and print; the exit status is 1 if anything became slower or has no time any more.
 
     Raises:
-        ValueError: a file that is no result file.
+        ValueError: a file that is no result file, or two that have no figure in common.
         OSError: a file that cannot be read.
     """
     before, after = load(first), load(second)
@@ -89,24 +104,32 @@ def run(first: Path, second: Path) -> int:
         values = [of.machine.get(what, "none") for of in (before, after)]
         if values[0] != values[1]:
             console.print(f"{what}: {values[0]}, then {values[1]}", highlight=False)
-    changes = compare(before, after)
+    changes, gone = compare(before, after), lost(before, after)
+    if not changes and not gone:
+        raise ValueError(
+            f"nothing to compare: {first} and {second} have no time of the same case and provider in common"
+        )
     table = Table("case", "provider", "time then / before", "band", "in units of", "")
     for change in changes:
         style = {SLOWER: "red", FASTER: "green"}.get(change.verdict, "")
         band = f"{change.band[0]:.3f} to {change.band[1]:.3f}"
         cells = (change.key, change.provider, f"{change.ratio:.3f}", band, change.yardstick or "seconds")
         table.add_row(*cells, change.verdict, style=style)
+    for key, provider, reason in gone:
+        table.add_row(key, provider, "", "", reason, LOST, style="red")
     console.print(table)
-    seen = {change.key for change in changes}
+    seen = {change.key for change in changes} | {key for key, *_ in gone}
     for file, results in ((first, before), (second, after)):
         alone = [record.key for record in results.records if record.key not in seen]
         if alone:
             console.print(f"Not compared, of {file}: {'; '.join(alone)}", highlight=False)
     counts = {v: sum(c.verdict == v for c in changes) for v in (SLOWER, FASTER, SAME, UNKNOWN)}
+    if gone:
+        counts[LOST] = len(gone)
     console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     console.print(
         "A difference counts if 1 is outside the band: the Mann-Whitney interval of the ratio, by which two results of "
         f"one build differ anywhere with a probability of at most {FALSE_ALARMS:.0%}, widened by {BETWEEN_RUNS:.0%} "
         "for what differs between processes."
     )
-    return 1 if counts[SLOWER] else 0
+    return 1 if counts[SLOWER] or gone else 0

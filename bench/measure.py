@@ -26,6 +26,7 @@ MOST_OF_A_ROUND = 0.05
 """Seconds that a round should not exceed for the sake of many calls in each time."""
 
 MEASURED, ABSENT, WRONG, MEMORY, FAILED = "measured", "absent", "wrong values", "out of memory", "failed"
+STATUSES = (MEASURED, ABSENT, WRONG, MEMORY, FAILED)
 
 
 @dataclass

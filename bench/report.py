@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from .results import Figures, Record, Results, figures, reached, yardstick
+from .results import MISSED, Figures, Record, Results, figures, verdict, yardstick
 
 RATES = ("us", "times as fast", "TFLOP/s", "GB/s", "of peak", "of roofline", "tokens/s", "peak memory", "launches")
 
@@ -69,11 +69,11 @@ def summary(results: Results) -> Iterator[tuple[str, ...]]:
         theirs = None if against is None else figures(results, of, against)
         if found is None or theirs is None or found.ratio is None:
             continue
-        met = reached(of, name, found.ratio)
-        verdict = "" if met is None else f"{of.targets[name]:.2f}, {'reached' if met else '**missed**'}"
+        said = verdict(of, name, found)
+        target = f"{of.targets[name]:.2f}, {f'**{said}**' if said == MISSED else said}" if said else ""
         band = found.band or (0.0, 0.0)
         yield (of.key, against or "", f"{1e6 * theirs.seconds:,.1f}", name, f"{1e6 * found.seconds:,.1f}",
-               f"{found.ratio:.2f} ({band[0]:.2f} to {band[1]:.2f})", verdict)  # fmt: skip
+               f"{found.ratio:.2f} ({band[0]:.2f} to {band[1]:.2f})", target)  # fmt: skip
 
 
 def markdown(results: Results) -> str:

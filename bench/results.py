@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 
 from . import intervals
 from .cases.case import Case
-from .measure import MEASURED, Outcome
+from .measure import MEASURED, STATUSES, Outcome
 from .timing import Peaks
 
 VERSION = 1
@@ -119,9 +120,15 @@ def figures(results: Results, of: Record, name: str) -> Figures | None:
     )
 
 
-def reached(of: Record, name: str, ratio: float | None) -> bool | None:
-    """Whether a provider reached its target; None where it has none, or no ratio."""
-    return None if name not in of.targets or ratio is None else ratio >= of.targets[name]
+REACHED, MISSED, LEVEL = "reached", "missed", "within noise"
+
+
+def verdict(of: Record, name: str, found: Figures) -> str:
+    """Whether a provider reached its target; `LEVEL` where the ratio is below it and its band not; "" without one."""
+    if name not in of.targets or found.ratio is None or found.band is None:
+        return ""
+    target = of.targets[name]
+    return REACHED if found.ratio >= target else MISSED if found.band[1] < target else LEVEL
 
 
 def text(results: Results) -> str:
@@ -157,9 +164,28 @@ def load(file: Path) -> Results:
             providers = case.pop("providers")
             outcomes = {n: Outcome(**{k: v for k, v in p.items() if k != "figures"}) for n, p in providers.items()}
             results.records.append(Record(**case, outcomes=outcomes))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{file} is no result file of fusenc bench") from None
+        sound = _sound(results)
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{file} is no result file of fusenc bench")
     return results
+
+
+def _sound(results: Results) -> bool:
+    """Whether what a file said is what `text` writes: times that are ones, as many of each provider of a case."""
+    texts = [results.device, *results.machine, *results.machine.values()]
+    for of in results.records:
+        texts += [of.op, of.name, of.dtype, of.direction, *of.against, *of.targets]
+        for outcome in of.outcomes.values():
+            times = outcome.seconds
+            if outcome.status not in STATUSES or (outcome.status == MEASURED) != bool(times):
+                return False
+            if not all(isinstance(t, float) and math.isfinite(t) and t > 0.0 for t in times):
+                return False
+        if len({len(outcome.seconds) for outcome in of.outcomes.values() if outcome.seconds}) > 1:
+            return False
+    return all(isinstance(text, str) for text in texts)
 
 
 def table(results: Results) -> str:

@@ -133,11 +133,11 @@ def layer(shape: Shape, batch: int, length: int, way: str) -> tuple[list[Kernel]
     else:
         row = 4.0 * batch * shape.nhead * length  # float32 statistics
         forward.append(Kernel("attention", 2 * matrix, _ELEMENT * 4 * t * d + row))
-        delta = Kernel("attention: delta", 0.0, _ELEMENT * 2 * t * d + row)
-        if way == "fused":
-            backward += [delta, Kernel("attention: dK, dV", 4 * matrix, _ELEMENT * 6 * t * d + 2 * row),
-                         Kernel("attention: dQ", 3 * matrix, _ELEMENT * 5 * t * d + 2 * row)]  # fmt: skip
+        if way == "fused":  # dQ's kernel makes delta of the output, which it reads
+            backward += [Kernel("attention: dQ", 3 * matrix, _ELEMENT * 6 * t * d + 2 * row),
+                         Kernel("attention: dK, dV", 4 * matrix, _ELEMENT * 6 * t * d + 2 * row)]  # fmt: skip
         else:
+            delta = Kernel("attention: delta", 0.0, _ELEMENT * 2 * t * d + row)
             convert = _pointwise("attention: convert dQ", t * d, 3)
             backward += [delta, Kernel("attention: dQ, dK, dV", 5 * matrix, _ELEMENT * 9 * t * d + 2 * row), convert]
 
@@ -157,7 +157,7 @@ def layer(shape: Shape, batch: int, length: int, way: str) -> tuple[list[Kernel]
             _pointwise("dropout", hidden, 2, 1), _pointwise("GELU", hidden, 3)]  # fmt: skip
     backward += [_gemm("feed-forward 2: dW", f, t, d), _gemm("feed-forward 1: dX", t, f, d),
                  _gemm("feed-forward 1: dW", d, t, f)]  # fmt: skip
-    if way != "compiled":
+    if way in ("eager", "sdpa"):  # elsewhere other kernels sum them on the side
         backward += [_pointwise("feed-forward: bias gradients", hidden, 1), _pointwise("bias gradients", t * d, 1)]
 
     rows = float(t * d)
@@ -169,13 +169,16 @@ def layer(shape: Shape, batch: int, length: int, way: str) -> tuple[list[Kernel]
     else:
         mask = 1.0 if way == "compiled" else 0.0  # stored by the compiler, drawn again here
         forward += 2 * [_pointwise("dropout + add + norm", rows, 4, mask)]
-        backward += 2 * [_pointwise("dropout + add + norm", rows, 4, mask), Kernel("norm: weights", 0.0, 0.0)]
+        backward += 2 * [_pointwise("dropout + add + norm", rows, 4, mask)]
+        backward += 2 * [Kernel("norm: weights", 0.0, 0.0)] if way == "compiled" else []
     return forward, backward
 
 
 def _linear_backward(name: str, rows: int, inner: int, columns: int, way: str) -> list[Kernel]:
     products = [_gemm(f"{name}: dX", rows, columns, inner), _gemm(f"{name}: dW", inner, rows, columns)]
-    return products if way == "compiled" else [*products, _pointwise(f"{name}: bias", float(rows * columns), 1)]
+    return (
+        products if way in ("compiled", "fused") else [*products, _pointwise(f"{name}: bias", float(rows * columns), 1)]
+    )
 
 
 WAYS = ("eager", "sdpa", "compiled", "fused")
@@ -197,6 +200,7 @@ def run(shape: Shape, batch: int, length: int, gpus: Sequence[str], launch_us: f
         if gpu not in by_name:
             raise ValueError(f"unknown GPU {gpu!r}, expected one of {', '.join(c.short for c in chips().values())}")
     console = Console()
+    console = console if console.is_terminal else Console(width=150)
     for gpu in gpus:
         chip = by_name[gpu]
         table = Table(

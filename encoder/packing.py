@@ -246,6 +246,12 @@ class PackedTokens:
         """Of the batch that `unpack` gives: bool ``[B, L]``, True at the padding, as in torch.nn."""
         return self.way_back().key_padding_mask()
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"PackedTokens has no {name!r}. It is no tensor: TransformerEncoder and TransformerEncoderLayer take it, "
+            "others its `data` or what `unpack` makes of it"
+        )
+
     def __len__(self) -> int:
         return self.cu_seqlens.shape[0] - 1
 

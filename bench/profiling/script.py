@@ -217,7 +217,9 @@ def run(
     sys.stdout.flush()
     breakdown = recorder.breakdown()
     models = outlooks(variables, recorder)
-    advice = advise(breakdown, models)
+    advice = (
+        [] if status and recorder.called is None else advise(breakdown, models)
+    )  # it broke off before there was work
     rest = ", then it ran on" if recorder.cut else ""
     console.rule(f"fusenc profile {script.name}")
     if recorder.called is None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from fusenc.bench import cases, commands, measure, results, timing
 from fusenc.bench.cases.case import PROVIDERS, AbsentError, Case, Inputs, flat
+from fusenc.bench.checking import difference
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -246,6 +247,52 @@ def test_every_output_holds_the_same_numbers(stub, tmp_path):
     assert results.text(again) == files["json"].read_text()
 
 
+def test_files_are_written_to_where_links_lead_and_into_what_is_no_file(stub, tmp_path):
+    stub.append(case(fusenc=provider()))
+    real, link, pipe = tmp_path / "real.csv", tmp_path / "link.csv", tmp_path / "pipe"
+    link.symlink_to(real)
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True)
+    assert bench("stub", "--rounds", 3, "--csv", link, "--markdown", pipe).exit_code == 0
+    assert link.is_symlink() and "stub" in real.read_text() and pipe.is_fifo()
+    assert "# Measured with" in reader.communicate(timeout=60)[0]
+
+
+def test_a_target_is_missed_only_where_the_band_says_so(stub):
+    of = results.record(case(fusenc=provider()), {})
+    of.targets = {"fusenc": 1.0}
+    verdicts = [
+        results.verdict(of, "fusenc", results.Figures(1.0, ratio, band, None, None, None, None, None))
+        for ratio, band in ((1.1, (0.9, 1.2)), (0.99, (0.97, 1.01)), (0.9, (0.85, 0.95)), (None, None))
+    ]
+    assert verdicts == ["reached", "within noise", "missed", ""]
+
+
+def test_where_nobody_was_measured_the_status_says_so(stub):
+    stub.append(case(liger=refusing))
+    done = bench("stub", "--rounds", 3, "--provider", "liger")
+    assert done.exit_code == 1 and "Nothing was measured" in done.output and "usual choice" not in done.output
+
+
+def test_a_result_that_is_zero_in_truth_may_be_roundings():
+    largest, rounding = torch.full((2,), 4.0), torch.full((2,), 4e-7)
+    zero = torch.full((2,), 1e-17, dtype=torch.float64)
+    assert difference([largest, rounding], [largest.double(), zero], torch.float32) == ""
+    assert difference([largest, 100 * rounding], [largest.double(), zero], torch.float32)
+    assert difference([largest, 1e-5 + rounding], [largest.double(), zero + 1e-5], torch.float32), "small, not zero"
+    done = bench("attention", "--batch", 1, "--length", 1, "--rounds", 3, "--seconds", 0.1, "--provider", "fusenc,sdpa")
+    assert done.exit_code == 0, done.output
+
+
+def test_an_early_interrupt_says_so(monkeypatch, capsys):
+    from fusenc.bench import cli
+
+    monkeypatch.setattr(commands, "app", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130 and "stopped" in capsys.readouterr().err
+
+
 def test_a_yardstick_that_is_no_rival_has_no_ratio(stub, tmp_path):
     launched = case(fusenc=provider())
     launched.rivals, launched.targets = False, {}
@@ -301,7 +348,13 @@ BAD = {
     "plot": (["stub", "--plot", "out.gif"], "--plot: expected a file ending in .png, .svg, .pdf"),
     "device": (["stub", "--device", "tpu"], "expected one of auto, cpu, cuda"),
     "nothing": (["other"], "nothing to measure"),
-    "folder": (["stub", "--json", "/no/such/folder/out.json"], "No such file"),
+    "folder": (
+        ["stub", "--json", "/no/such/folder/out.json"],
+        "--json: there is no folder /no/such/folder for out.json",
+    ),
+    "page": (["stub", "--html", "/no/such/folder/out.html"], "--html: there is no folder"),
+    "a folder": (["stub", "--csv", "/"], "--csv: expected a file, got the folder /"),
+    "nothing to resume": (["stub", "--resume", "/no.json"], "--resume: there is no file /no.json"),
     "resume": (["stub", "--resume", __file__], "is no result file of fusenc bench"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
@@ -100,6 +101,55 @@ def written(tmp_path, name, found):
     file = tmp_path / name
     file.write_text(results.text(found))
     return file
+
+
+def compared(*arguments):
+    done = CliRunner().invoke(commands.app, ["bench", "compare", *map(str, arguments)])
+    return done.exit_code, " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("status", ["wrong values", "failed", "out of memory", "absent"])
+def test_a_time_that_is_lost_is_no_pass(tmp_path, status):
+    before, after = (run_of(random.Random(seed), 5, 25, 0.02) for seed in (6, 7))
+    after.records[2].outcomes["fusenc"] = Outcome(status, "for a reason")
+    files = written(tmp_path, "a.json", before), written(tmp_path, "b.json", after)
+    code, output = compared(*files)
+    if status == "absent":
+        assert code == 0 and "0 slower, 0 faster, 4 same" in output and "without" not in output
+    else:
+        assert code == 1 and f"{status}: for a reason" in output and "1 without a time now" in output
+    assert compared(*files[::-1])[0] == 0
+
+
+def test_nothing_in_common_is_no_pass(tmp_path):
+    found, other = (run_of(random.Random(8), 3, 25, 0.02) for _ in range(2))
+    for record in other.records:
+        record.name += " of another size"
+    code, output = compared(written(tmp_path, "a.json", found), written(tmp_path, "b.json", other))
+    assert code == 2 and "nothing to compare" in output and "b.json" in output
+
+
+DAMAGED = {
+    "machine": lambda whole, ours: whole.update(machine=None),
+    "cases": lambda whole, ours: whole.update(cases={"a": 1}),
+    "a text": lambda whole, ours: ours.update(seconds="abc"),
+    "zero": lambda whole, ours: ours.update(seconds=[0.0] * 25),
+    "negative": lambda whole, ours: ours.update(seconds=[-1.0] * 25),
+    "not a number": lambda whole, ours: ours.update(seconds=[float("nan")] * 25),
+    "fewer rounds": lambda whole, ours: ours.update(seconds=[1.0]),
+    "no rounds": lambda whole, ours: ours.update(seconds=[]),
+    "status": lambda whole, ours: ours.update(status="zzz"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_damaged_file_is_named(tmp_path, damage):
+    file = written(tmp_path, "a.json", run_of(random.Random(9), 3, 25, 0.02))
+    whole = json.loads(file.read_text())
+    damage(whole, whole["cases"][1]["providers"]["fusenc"])
+    (tmp_path / "b.json").write_text(json.dumps(whole))
+    code, output = compared(file, tmp_path / "b.json")
+    assert code == 2 and "b.json is no result file of fusenc bench" in output
 
 
 def test_the_exit_status_says_whether_anything_became_slower(tmp_path):
