@@ -173,15 +173,15 @@ class PostNormEmbeddings(nn.Module):
         word, position, types = parts["word_embeddings"], parts["position_embeddings"], parts.get(_TABLES[2])
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         position_ids = given.get("position_ids")
-        norm, tables = parts["LayerNorm"], [table.weight for table in (word, position, types) if table is not None]
+        norm = parts["LayerNorm"]
         if (
             input_ids is None
-            or any(t is not None and t.dtype != word.weight.dtype for t in (*tables, norm.weight, norm.bias))
             or given.get("inputs_embeds") is not None
             or given.get("past_key_values_length")
             or torch._C._get_tracing_state()  # a traced graph is made of torch's own operators
             or (position_ids is None and input_ids.shape[-1] > position.num_embeddings)
             or self.why_not_fused(self)
+            or any(p.dtype != word.weight.dtype for p in self.parameters())
         ):
             return super().forward(input_ids, *args, **kwargs)
         return kernels.embed_norm(
