@@ -109,10 +109,10 @@ def _attention_tensors(size: Size, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(3)]
 
 
-def _attention(operation: str, table: Any, size: Size, dtype: torch.dtype, call: Call, reference: Call) -> Tunable:
+def _attention(table: Any, size: Size, dtype: torch.dtype, call: Call, reference: Call) -> Tunable:
     head = max(16, launch.power_of_2(size.d_model // size.heads))
     key = max(2, dtype.itemsize), head
-    return Tunable(operation, dtype, (size.length, head), _forced(table, key, call), reference)
+    return Tunable(table.operation, dtype, (size.length, head), _forced(table, key, call), reference)
 
 
 def _attention_forward(size: Size, dtype: torch.dtype) -> Tunable:
@@ -121,7 +121,7 @@ def _attention_forward(size: Size, dtype: torch.dtype) -> Tunable:
 
     q, k, v = _attention_tensors(size, dtype)
     call = _without_gradients(lambda: attention(q, k, v))
-    return _attention("attention_forward", configs.FORWARD, size, dtype, call, _eager(call))
+    return _attention(configs.FORWARD, size, dtype, call, _eager(call))
 
 
 def _attention_gradient(operation: str, size: Size, dtype: torch.dtype) -> Tunable:
@@ -136,7 +136,7 @@ def _attention_gradient(operation: str, size: Size, dtype: torch.dtype) -> Tunab
     upstream = torch.randn_like(q)
     call = _backward(lambda: attention(q, k, v), leaves, upstream)
     reference = _eager(_backward(lambda: attention(q, k, v), leaves, upstream))
-    return _attention(operation, table, size, dtype, call, reference)
+    return _attention(table, size, dtype, call, reference)
 
 
 def _linear_act(size: Size, dtype: torch.dtype) -> Tunable:
@@ -301,19 +301,19 @@ def run(
     """Tune and print; the exit status is 1 if an operation was left without a choice.
 
     Raises:
-        TuneError: an unknown operation or dtype, a size that is not positive, no GPU, a lock that is not given free.
+        TuneError: an unknown operation or dtype, a width that is not positive, no GPU, a lock that is not given free.
     """
     for name in operations:
         if name not in TUNABLES:
             raise TuneError(f"unknown operation {name!r}, expected one of {', '.join(TUNABLES)}")
     if dtype not in DTYPES:
         raise TuneError(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
-    widths = (("--d-model", shape.d_model), ("--hidden", shape.dim_feedforward), ("--heads", shape.nhead))
-    for option, value in (*(("--rows", n) for n in rows), *(("--length", n) for n in lengths), *widths):
+    widths = shape.d_model, shape.dim_feedforward, shape.nhead
+    for option, value in zip(("--d-model", "--hidden", "--nhead"), widths, strict=True):
         if value < 1:
             raise TuneError(f"{option}: expected at least 1, got {value}")
     if shape.d_model % shape.nhead:
-        raise TuneError(f"--heads: expected a divisor of the width {shape.d_model}, got {shape.nhead}")
+        raise TuneError(f"--nhead: expected a divisor of the width {shape.d_model}, got {shape.nhead}")
     device = timing.find_gpu()
     if device is None:
         raise TuneError("tune measures on a GPU, and torch finds none here")
@@ -321,15 +321,14 @@ def run(
     if reset:
         file.unlink(missing_ok=True)
         tuned.forget()
-    chosen = [name for name in TUNABLES if not operations or name in operations]
-    sizes = {
-        name: [Size(max(rows), n, *widths) for n in lengths]
-        if name in _BY_LENGTH
-        else [Size(n, min(lengths), *widths) for n in rows]
-        for widths in [(shape.d_model, shape.dim_feedforward, shape.nhead)]
-        for name in chosen
-    }
-    work = [functools.partial(TUNABLES[name], size, DTYPES[dtype]) for name in chosen for size in sizes[name]]
+    by_length = [Size(max(rows), n, *widths) for n in lengths]
+    by_rows = [Size(n, min(lengths), *widths) for n in rows]
+    work = [
+        functools.partial(make, size, DTYPES[dtype])
+        for name, make in TUNABLES.items()
+        if not operations or name in operations
+        for size in (by_length if name in _BY_LENGTH else by_rows)
+    ]
     console = Console()
     table = Table("operation", "sizes", "candidate", "median us", "verdict", title=device.name, title_justify="left")
     without_choice = 0

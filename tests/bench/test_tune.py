@@ -128,7 +128,7 @@ BAD = {
     "dtype": (["--dtype", "int8"], "expected one of float16, bfloat16, float32"),
     "model": (["--model", "gpt"], "expected one of bert-base"),
     "length": (["--length", "0"], "--length"),
-    "heads": (["--nhead", "7"], "a divisor of the width 768"),
+    "heads": (["--nhead", "7"], "--nhead: expected a divisor of the width 768"),
     "rows": (["--rows", "a"], "--rows"),
     "no rows": (["--rows", "0"], "--rows"),
     "width": (["--d-model", "0"], "--d-model"),

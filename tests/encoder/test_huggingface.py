@@ -13,7 +13,15 @@ import fusenc
 import pytest
 import torch
 from contract import assert_same, output_and_gradients
-from tolerances import EMBEDDINGS, FLOOR, FORWARD_FACTOR, GRADIENT_FACTOR, LOSS_CURVE, SAME_ALGORITHM
+from tolerances import (
+    EMBEDDINGS,
+    FLOOR,
+    FORWARD_FACTOR,
+    GRADIENT_FACTOR,
+    HALF_PRECISION,
+    LOSS_CURVE,
+    SAME_ALGORITHM,
+)
 from torch import Tensor, nn
 
 TEXT = {"vocab_size": 100, "pad_token_id": 1}
@@ -785,7 +793,8 @@ def test_float16_that_overflows_in_an_encoder_layer_is_clamped(name):
     assert (expected == torch.finfo(torch.float16).max - 1000).any()
     fuse(name, model)
     got = model.encoder(**calls).last_hidden_state
-    torch.testing.assert_close(got, expected, rtol=5e-3, atol=64.0)
+    size = 6e4  # of the results, where the tolerance is that of 4
+    torch.testing.assert_close(got, expected, rtol=HALF_PRECISION, atol=HALF_PRECISION * size / 4)
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "albert"])
@@ -817,12 +826,8 @@ def test_norms_in_float32_among_bfloat16_run_as_they_did(name):
     for fused in (False, True):
         if fused:
             fusenc.fuse(model)
-        try:
-            results.append(model(**inputs).last_hidden_state)
-        except RuntimeError as error:
-            results.append(str(error))
-    assert type(results[0]) is type(results[1])
-    assert isinstance(results[0], str) or torch.equal(*results)
+        results.append(model(**inputs).last_hidden_state)
+    assert torch.equal(*results)
 
 
 def test_other_positions_and_masks():
