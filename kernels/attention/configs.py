@@ -71,7 +71,8 @@ FORWARD = Table(
         (4, 128): Config(32, 32, 8, 1),
         (4, 256): Config(16, 16, 4, 1),
     },
-    crowded=("DROPOUT", "RELATIVE"),
+    # SPARSE: Triton 3.8 spills 451 of the loop's 3961 instructions in Hopper's configuration, and 3.6 14 in Ampere's.
+    crowded=("DROPOUT", "RELATIVE", "SPARSE"),
     ampere={(2, 64): Config(128, 64, 4, 3), (2, 128): Config(128, 32, 4, 2)},
     hopper={(2, 64): Config(128, 128, 8, 2), (2, 128): Config(128, 128, 8, 2)},
 )

@@ -214,8 +214,8 @@ def attention_dkdv_kernel(
     k = load_tile(k_base + tile(columns, stride_kn, offs_d, stride_kd, S), inside, offs_d, True, S.HEAD_DIM, S.BLOCK_D)
     v_ptrs = v_base + tile(columns, stride_vn, offs_dv, stride_vd, S)
     v = load_tile(v_ptrs, inside, offs_dv, True, S.VALUE_DIM, S.BLOCK_DV)
-    dk = tl.zeros((S.BLOCK_N, S.BLOCK_D), tl.float32)
-    dv = tl.zeros((S.BLOCK_N, S.BLOCK_DV), tl.float32)
+    dk = tl.full((S.BLOCK_N, S.BLOCK_D), 0.0, tl.float32)
+    dv = tl.full((S.BLOCK_N, S.BLOCK_DV), 0.0, tl.float32)
     ragged = False
     if S.MASK != "none":
         ragged = column0 + S.BLOCK_N > len_k
@@ -353,8 +353,8 @@ def attention_dq_kernel(
     out = load_tile(out_ptrs, inside, offs_dv, True, S.VALUE_DIM, S.BLOCK_DV)
     delta = row_delta(out, dout, dlse_ptr, flat, inside, HAS_DLSE)
     tl.store(delta_ptr + flat, delta, mask=stored)
-    dq = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32)
-    weight = tl.zeros((S.BLOCK_M,), tl.float32)
+    dq = tl.full((S.BLOCK_M, S.BLOCK_D), 0.0, tl.float32)
+    weight = tl.full((S.BLOCK_M,), 0.0, tl.float32)
     WEIGHTS: tl.constexpr = BIAS_SUMS and S.DROPOUT
 
     if S.SPARSE:

@@ -84,13 +84,15 @@ def terms_of(b, h, mask_ptr, relative_ptr, slopes_ptr, strides_mask, strides_add
     stride_mb, stride_mh, stride_mm, stride_mn = strides_mask
     stride_rh, stride_sb, stride_sh = strides_added
     slope = 0.0
+    mask = 0  # not None, which Triton 3.6 cannot return inside a tuple
+    relative = 0
     if S.MASK != "none":
-        mask_ptr += b * stride_mb + h * stride_mh
+        mask = mask_ptr + b * stride_mb + h * stride_mh
     if S.RELATIVE:
-        relative_ptr += h * stride_rh
+        relative = relative_ptr + h * stride_rh
     if S.ALIBI:
         slope = tl.load(slopes_ptr + b * stride_sb + h * stride_sh)
-    return softmax_scale, softcap, slope, relative_ptr, window[3], mask_ptr, stride_mm, stride_mn
+    return softmax_scale, softcap, slope, relative, window[3], mask, stride_mm, stride_mn
 
 
 @triton.jit

@@ -126,9 +126,9 @@ def attention_forward_kernel(
     q = load_tile(
         q_base + tile(rows, stride_qm, offs_d, stride_qd, S), rows < len_q, offs_d, True, S.HEAD_DIM, S.BLOCK_D
     )
-    acc = tl.zeros((S.BLOCK_M, S.BLOCK_DV), tl.float32)
+    acc = tl.full((S.BLOCK_M, S.BLOCK_DV), 0.0, tl.float32)
     row_max = tl.full((S.BLOCK_M,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((S.BLOCK_M,), tl.float32)
+    row_sum = tl.full((S.BLOCK_M,), 0.0, tl.float32)
 
     if S.SPARSE:
         # Live blocks, the full ones first; the others have a tile that says which of their elements are seen.

@@ -56,7 +56,7 @@ def _block(
         if ALIGNED:
             if live:
                 live = tl.load(map_ptr + row0 // S.SPARSE * stride_pm + column0 // S.SPARSE * stride_pn) > 0
-    result = tl.zeros((S.BLOCK_M, S.BLOCK_N), tl.float32)
+    result = tl.full((S.BLOCK_M, S.BLOCK_N), 0.0, tl.float32)
     if live:
         stride_qb, stride_qh, stride_qm, stride_qd = strides_q
         stride_kb, stride_kh, stride_kn, stride_kd = strides_k
@@ -151,7 +151,7 @@ def attention_plane_kernel(
     seed = tl.load(seed_ptr) if S.DROPOUT else 0
     offs_m = tl.arange(0, S.BLOCK_M)
     offs_n = tl.arange(0, S.BLOCK_N)
-    total = tl.zeros((S.BLOCK_M, S.BLOCK_N), tl.float32)
+    total = tl.full((S.BLOCK_M, S.BLOCK_N), 0.0, tl.float32)
     for step in range(sum_b * sum_h * sum_m * sum_n):
         column0 = (out_n + step % sum_n) * S.BLOCK_N
         row0 = first_row + (out_m + step // sum_n % sum_m) * S.BLOCK_M

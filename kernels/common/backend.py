@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, compat
 
 BACKENDS = ("auto", "triton", "eager")
 KERNEL_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16}) | checks.FLOAT8
@@ -26,8 +26,15 @@ _last: str | None = None
 
 @functools.cache
 def triton_available() -> bool:
-    """True where the ``triton`` package can be imported (Linux; not macOS or Windows)."""
-    return importlib.util.find_spec("triton") is not None
+    """True where the ``triton`` package can be imported (Linux; not macOS or Windows).
+
+    Raises:
+        ImportError: Triton or torch is older than the kernels need.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return False
+    compat.require_supported_triton()
+    return True
 
 
 @functools.cache

@@ -186,6 +186,9 @@ def _draw(out: np.ndarray, counters: _Counters, keys: np.ndarray, counts: Sequen
     end = 0
     for count, p in zip(counts, ps, strict=False):
         start, end = end, end + count
+        if threshold(p) > 65535:  # NumPy before 2.2 crashes where it compares 16-bit numbers with more
+            out[start:end] = 0.0
+            continue
         # Four bytes, the bools of a pair of words, go from one place to the other as one number.
         kept = (numbers[:, start:end] >= threshold(p)).view(np.uint32)[..., 0].T.copy().view(np.bool_)
         np.multiply(kept, keep_scale(p), out=out[start:end])

@@ -28,6 +28,7 @@ def plain(x, residual, weight, bias):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 3, 64, 100, 768])
+@pytest.mark.essential
 def test_layer_norm_of_a_sum(device, backend, dtype, width):
     assert_contract(add_norm, plain, tensors(37, width, device), dtype)
     assert last_backend() == backend
@@ -47,6 +48,7 @@ def test_wide_rows(device, width, dtype):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.3, 1.0])
+@pytest.mark.essential
 def test_dropout_uses_the_documented_mask(device, dtype, dropout_p):
     inputs = tensors(20, 50, device)
     torch.manual_seed(3)
@@ -71,6 +73,7 @@ def test_no_dropout_in_evaluation(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.essential
 def test_sum_is_returned_and_differentiable(device, dtype):
     def kernel(x, r, w, b):
         normed, total = add_norm(x, r, w, b, return_sum=True)
@@ -227,6 +230,7 @@ def check_options(device, rows, width, dtype, present=("residual", "weight", "bi
 @pytest.mark.interpreter
 @pytest.mark.parametrize("return_sum", [False, True], ids=["", "sum"])
 @pytest.mark.parametrize("option", list(OPTIONS))
+@pytest.mark.essential
 def test_options(device, option, return_sum):
     check_options(device, 37, 72, torch.float16, return_sum=return_sum, **OPTIONS[option])
 
@@ -240,6 +244,7 @@ def test_float32_beside_half_precision(device, dtype, float32):
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("width", [16, 17, 192, 257, 384, 513, 769, 1536, 4104, 8192, 8200, 16384, 16392])
+@pytest.mark.essential
 def test_widths_around_the_borders_of_the_designs(device, width, norm):
     check_options(device, 5, width, torch.float16, norm=norm, return_sum=width % 2 == 0)
 

@@ -23,7 +23,7 @@ def reference(mask=None, is_causal=False, scale=None, dropped=None, dropout_p=0.
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-        allowed = torch.ones(scores.shape, dtype=torch.bool)
+        allowed = torch.ones(scores.shape, dtype=torch.bool, device=q.device)
         if is_causal:
             allowed = allowed.tril()
         if mask is not None and mask.dtype == torch.bool:
@@ -58,12 +58,14 @@ def check(inputs, dtype=torch.float32, mask=None, is_causal=False, scale=None, b
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.essential
 def test_plain_self_attention(device, backend, dtype):
     check(qkv(device=device), dtype, backend=backend)
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("head_dim", [16, 20, 64, 80, 128, 256])
+@pytest.mark.essential
 def test_head_sizes(device, head_dim):
     check(qkv(1, 1, 40, 70, head_dim, device=device), torch.float16)
 
@@ -86,6 +88,7 @@ def test_lengths_that_are_no_multiple_of_a_block(device, len_q, len_k):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("len_q", "len_k"), [(150, 150), (70, 200), (200, 70)], ids=["square", "wide", "tall"])
+@pytest.mark.essential
 def test_causal_is_aligned_at_the_top_left(device, dtype, len_q, len_k):
     check(qkv(1, 2, len_q, len_k, device=device), dtype, is_causal=True)
 
@@ -96,6 +99,7 @@ MASK_SHAPES = [(2, 1, 1, 90), (1, 1, 70, 90), (2, 2, 70, 90), (70, 90), (90,), (
 @pytest.mark.interpreter
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.essential
 def test_masks_of_any_broadcast(device, shape, kind):
     keep = (torch.rand(shape, generator=torch.Generator().manual_seed(2)) > 0.4).to(device)
     mask = keep if kind == "bool" else torch.randn(shape).to(device).masked_fill(~keep, float("-inf"))
@@ -114,6 +118,7 @@ def test_rows_masked_by_a_finite_number_are_no_empty_rows(device, value):
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.essential
 def test_a_row_with_every_key_masked_gives_zeros(device, kind, dtype):
     q, k, v = (t.to(dtype).requires_grad_() for t in qkv(device=device))
     keep = torch.ones(2, 1, 70, 70, dtype=torch.bool, device=device)
@@ -164,6 +169,7 @@ def test_strides(device, layout):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.2, 1.0])
+@pytest.mark.essential
 def test_dropout_uses_the_documented_mask(device, dtype, dropout_p):
     inputs = qkv(1, 2, 70, 90, device=device)
     torch.manual_seed(3)
@@ -179,6 +185,7 @@ def test_dropout_uses_the_documented_mask(device, dtype, dropout_p):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.essential
 def test_log_sum_exp_and_its_gradient(device, dtype):
     def lse_of(q, k, v):
         out, lse = attention(q, k, v, is_causal=True, return_lse=True)
@@ -187,7 +194,8 @@ def test_log_sum_exp_and_its_gradient(device, dtype):
 
     def plain(q, k, v):
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        scores = scores.masked_fill(~torch.ones(scores.shape, dtype=torch.bool).tril(), float("-inf"))
+        allowed = torch.ones(scores.shape, dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~allowed, float("-inf"))
         return torch.cat([scores.softmax(-1) @ v, scores.logsumexp(-1, keepdim=True)], -1)
 
     assert_contract(lse_of, plain, qkv(device=device), dtype)
@@ -201,6 +209,7 @@ def test_configurations_of_an_architecture(device, monkeypatch, arch, head_dim):
     check(qkv(1, 2, 300, 300, head_dim, device=device), torch.float16, is_causal=True)
 
 
+@pytest.mark.essential
 def test_two_runs_give_the_same_bits(device):
     def run():
         q, k, v = (t.half().requires_grad_() for t in qkv(2, 2, 150, 150, device=device))

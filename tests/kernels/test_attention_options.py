@@ -60,9 +60,10 @@ class Case:
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         if self.softcap is not None:
             scores = self.softcap * (scores / self.softcap).tanh()
-        position = torch.arange(len_q)[:, None] + (len_k - len_q if self.alignment == "bottom_right" else 0)
-        distance = torch.arange(len_k) - position
-        allowed = torch.ones(scores.shape, dtype=torch.bool)
+        last = len_k - len_q if self.alignment == "bottom_right" else 0
+        position = torch.arange(len_q, device=q.device)[:, None] + last
+        distance = torch.arange(len_k, device=q.device) - position
+        allowed = torch.ones(scores.shape, dtype=torch.bool, device=q.device)
         if self.alibi:
             scores = scores - alibi_slopes(q.shape[1]).to(scores)[:, None, None] * distance.abs()
         if relative is not None:
@@ -76,7 +77,7 @@ class Case:
             allowed = allowed if right is None else allowed & (distance <= right)
         for mask in (self.mask, bias):
             if mask is not None:
-                mask = mask.cpu() if mask is self.mask else mask
+                mask = mask.to(q.device)
                 mask = mask.view((1,) * (4 - mask.dim()) + mask.shape)
                 mask = mask[:, :, : len_q if mask.shape[2] > 1 else 1, : len_k if mask.shape[3] > 1 else 1]
                 if mask.dtype == torch.bool:
@@ -85,7 +86,7 @@ class Case:
                     scores = scores + mask.to(scores.dtype)
                     allowed = allowed & (mask > float("-inf"))
         if self.blocks is not None:
-            allowed = allowed & self.blocks.to_dense()[:, :, :len_q, :len_k]
+            allowed = allowed & self.blocks.to_dense().to(q.device)[:, :, :len_q, :len_k]
         nothing = ~allowed.any(-1, keepdim=True)
         scores = scores.masked_fill(~allowed & ~nothing, float("-inf"))
         p = scores.softmax(-1).masked_fill(nothing, 0.0)
@@ -232,6 +233,7 @@ def test_option(device, name):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["window", "softcap", "ALiBi"])
+@pytest.mark.essential
 def test_option_in_half_precision(device, name, dtype):
     check_dense(device, CASES[name], dense_inputs(device), dtype)
 
@@ -251,6 +253,7 @@ def test_a_window_of_one(device):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("key_heads", [1, 2])
+@pytest.mark.essential
 def test_heads_share_keys(device, key_heads):
     check_dense(device, Case(), dense_inputs(device, heads=4, key_heads=key_heads, value_dim=20))
 
@@ -281,6 +284,7 @@ def test_a_bias_with_forbidden_keys_gets_gradient_0_there(device):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("entries", [1, 21, 401])
 @pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.essential
 def test_relative_bias_and_its_gradient(device, entries, heads):
     case = Case(alignment="bottom_right" if heads == 2 else "top_left", dropout_p=0.1 if entries == 21 else 0.0)
     relative = randn(heads, entries, device=device, seed=4)
@@ -319,6 +323,7 @@ def random_blocks(len_q=70, len_k=90, size=16, batch=1, heads=1):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.essential
 def test_block_mask(device, size):
     check_dense(device, Case(blocks=random_blocks(size=size, batch=2, heads=2)), dense_inputs(device))
 
@@ -341,11 +346,13 @@ PACKED = {
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", list(PACKED))
+@pytest.mark.essential
 def test_packed(device, name):
     check_packed(device, PACKED[name], [40, 0, 37, 37, 73], [30, 12, 1, 69, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.essential
 def test_packed_in_half_precision(device, dtype):
     check_packed(device, Case(), [40, 37, 73], [30, 1, 69], key_heads=1, dtype=dtype)
 
@@ -359,6 +366,7 @@ def test_packed_with_everything(device):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("average", [False, True], ids=["each head", "average"])
+@pytest.mark.essential
 def test_weights(device, average):
     q, k, _ = dense_inputs(device, heads=4, key_heads=2)
     keep = torch.ones(2, 1, 1, 90, dtype=torch.bool)

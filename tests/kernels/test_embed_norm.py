@@ -79,6 +79,7 @@ def hold(device, shape, width, dtype, norm="layer", with_positions=True, types=2
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 33, 96, 768])
+@pytest.mark.essential
 def test_all_embeddings(device, backend, dtype, width):
     hold(device, (3, 9), width, dtype)
     assert last_backend() == backend
@@ -136,6 +137,7 @@ def test_long_segments_and_padding(device):
 @kernel
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dropout_p", [0.3, 1.0])
+@pytest.mark.essential
 def test_dropout_after_the_norm_uses_the_documented_mask(device, dropout_p):
     ids, kinds = tokens((4, 9), device)  # the width is three chunks
     torch.manual_seed(3)

@@ -98,6 +98,7 @@ def hold(src, weights, dtype, **options):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.essential
 def test_layer(device, backend, dtype, norm_first):
     hold(*tensors((2, 35, 48), device=device), dtype, norm_first=norm_first)
     assert last_backend() == backend
@@ -138,6 +139,7 @@ def chain_and_one(src, weights, backend="auto", **options):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.essential
 def test_dropout_is_that_of_the_chain(device, norm_first):
     options = {"attn_dropout_p": 0.3, "dropout1_p": 0.2, "dropout_p": 0.4, "dropout2_p": 0.1}
     src, weights = tensors((2, 35, 48), device=device)
@@ -166,6 +168,7 @@ def test_small_eager_batches_draw_all_their_dropout_at_once(norm_first, batch_fi
 
 
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.essential
 def test_packed_batch(device, norm_first):
     src, weights = tensors((70, 48), device=device)
     starts = torch.tensor([0, 33, 33, 70], device=device)
@@ -175,6 +178,7 @@ def test_packed_batch(device, norm_first):
         assert_same(one, chain, SAME_ALGORITHM)
 
 
+@pytest.mark.essential
 def test_a_row_without_keys_gives_its_value_bias_nothing(device):
     """The value bias's gradient is summed from rows of dO, which count only if they attended to something."""
     src, weights = tensors((2, 35, 48), device=device)

@@ -53,6 +53,7 @@ def hold(inputs, dtype, cos, sin, rows=None, interleaved=False, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
 @pytest.mark.parametrize("rotated", [2, 16, 24])
+@pytest.mark.essential
 def test_query_and_key(device, backend, dtype, interleaved, rotated):
     cos, sin = (t.to(dtype).to(device) for t in rotary_tables(12, rotated))
     hold(heads(device), dtype, cos, sin, (cos[:9], sin[:9]), interleaved)
