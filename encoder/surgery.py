@@ -94,7 +94,7 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
             continue
         fused = replacements.get(type(module)) or already.get(type(module))
         if fused is not None:
-            reason = fused.why_not_fused(module)
+            reason = (huggingface.why_changed(fused) if huggingface else "") or fused.why_not_fused(module)
         elif isinstance(module, tuple(replacements)):
             reason = f"{type(module).__name__} is a subclass with a forward of its own"
         else:

@@ -14,28 +14,42 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import albert, bart, bert, clip, distilbert, modernbert, mpnet, t5, vit
 from .interface import attention_forward
+from .stock import Stock, why_changed
 
-__all__ = ["attention_forward"]
+__all__ = ["attention_forward", "why_changed"]
 
-REPLACEMENTS: dict[type, type] = {
-    **bert.REPLACEMENTS,
-    **distilbert.REPLACEMENTS,
-    **albert.REPLACEMENTS,
-    **mpnet.REPLACEMENTS,
-    **vit.REPLACEMENTS,
-    **clip.REPLACEMENTS,
-    **modernbert.REPLACEMENTS,
-    **t5.REPLACEMENTS,
-    **bart.REPLACEMENTS,
-}
+REPLACEMENTS: dict[type, type] = {}
 """Each class that `fuse` knows here, and the class that takes its place."""
+
+MISSING: dict[str, str] = {}
+"""Why a model type, by its name in ``transformers.models``, is not known although this library knows it."""
+
+
+def _load() -> None:
+    """Each model type by itself: what one of them lacks in this transformers is no other's concern."""
+    for family in (bert, distilbert, albert, mpnet, vit, clip, modernbert, t5, bart):
+        for name, prefix in family.FAMILIES.items():
+            try:
+                classes = list(family.fused_classes(Stock(name, prefix)))
+            except Exception as error:  # whatever a module of transformers raises when it is imported
+                MISSING[name] = str(error)
+            else:
+                REPLACEMENTS.update({fused.stock_class: fused for fused in classes})
+
+
+_load()
 
 
 def why_unknown(module: nn.Module) -> str:
     """Why a layer of a family that is not known here stays as it is; "" for what is no such layer."""
-    if isinstance(module, GradientCheckpointingLayer):
-        return f"{type(module).__name__} is no layer of a supported family"
-    return ""
+    if not isinstance(module, GradientCheckpointingLayer):
+        return ""
+    return _why_missing(module) or f"{type(module).__name__} is no layer of a supported family"
+
+
+def _why_missing(module: nn.Module) -> str:
+    """Why the model type of this module is missing, or ""."""
+    return next((MISSING[name] for name in type(module).__module__.split(".")[2:3] if name in MISSING), "")
 
 
 def unknown_models(model: nn.Module, known: Sequence[str]) -> dict[str, str]:
@@ -45,7 +59,7 @@ def unknown_models(model: nn.Module, known: Sequence[str]) -> dict[str, str]:
         if not isinstance(module, PreTrainedModel) or any(_inside(path, other) for other in known):
             continue
         if not any(isinstance(part, PreTrainedModel) for part in module.modules() if part is not module):
-            found[path] = f"{type(module).__name__} holds no layer of a supported family"
+            found[path] = _why_missing(module) or f"{type(module).__name__} holds no layer of a supported family"
     return found
 
 

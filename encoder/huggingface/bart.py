@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -12,20 +12,40 @@ from .. import kernels
 from ..modules import why_not_plain
 from ..packing import PaddedPacking
 from .common import (
-    CAPTURE,
     PaddingFree,
+    asks_for_more,
     attention,
+    by_name,
     causal_without_mask,
     feed_forward,
-    fused_class,
     serves,
     why_not_activation,
     why_not_attention,
     why_not_linear,
 )
+from .stock import CAPTURE, Stock
 
 FAMILIES = {"bart": "Bart", "marian": "Marian"}
-"""Module names of transformers and the prefix of their classes. Their layers are the same but for the name."""
+"""Model types of transformers and the prefix of their classes. Their layers are the same but for the name."""
+
+_ATTENTION = {"Attention": "hidden_states attention_mask **kwargs: "
+                           "dropout head_dim k_proj out_proj q_proj scaling v_proj"}  # fmt: skip
+_ENCODER_LAYER = {
+    **_ATTENTION,
+    "EncoderLayer": "hidden_states attention_mask **kwargs: activation_dropout activation_fn all clamp dropout fc1 fc2 "
+                    "final_layer_norm finfo float16 isfinite max self_attn self_attn_layer_norm",
+}  # fmt: skip
+_DECODER_LAYER = {
+    **_ATTENTION,
+    "DecoderLayer": "hidden_states attention_mask encoder_hidden_states encoder_attention_mask **kwargs: "
+                    "activation_dropout activation_fn dropout encoder_attn encoder_attn_layer_norm fc1 fc2 "
+                    "final_layer_norm self_attn self_attn_layer_norm",
+}  # fmt: skip
+_ENCODER = "input_ids attention_mask **kwargs: create_bidirectional_mask dropout embed_positions embed_tokens layerdrop"
+_ENCODERS = {
+    "Bart": {"Encoder": f"{_ENCODER} rand layernorm_embedding"},
+    "Marian": {"Encoder": f"{_ENCODER} rand embed_scale"},
+}
 
 
 class _FusedLayer(nn.Module):
@@ -33,6 +53,8 @@ class _FusedLayer(nn.Module):
 
     stock_attention: ClassVar[type]
     attentions: ClassVar[tuple[str, ...]]
+    served: ClassVar[frozenset[str]]
+    """Arguments of the stock forward that the fused one serves."""
 
     @classmethod
     def why_not_fused(cls, layer: Any) -> str:
@@ -52,13 +74,13 @@ class _FusedLayer(nn.Module):
         )
 
     def _attend(
-        self, x: Tensor, name: str, attention_mask: Tensor | None, kwargs: dict[str, Any], **options: Any
+        self, x: Tensor, name: str, attention_mask: Tensor | None, given: dict[str, Any], **options: Any
     ) -> Tensor:
         """One attention with what follows it: dropout, the residual sum and the norm."""
         module: Any = self._modules[name]
         attended = attention(
-            x, (module.q_proj, module.k_proj, module.v_proj), (module.num_heads, module.head_dim),
-            attn_mask=attention_mask, is_causal=causal_without_mask(module, attention_mask, kwargs),
+            x, (module.q_proj, module.k_proj, module.v_proj), module.head_dim,
+            attn_mask=attention_mask, is_causal=causal_without_mask(module, attention_mask, given),
             dropout_p=module.dropout if module.training else 0.0, scale=module.scaling, **options,
         )  # fmt: skip
         return self._add_norm(module.out_proj(attended), x, self._modules[f"{name}_layer_norm"])
@@ -79,20 +101,20 @@ class _FusedEncoderLayer(_FusedLayer):
     """An encoder layer on the fused kernels; mixed into a subclass of the family's own."""
 
     attentions = ("self_attn",)
+    served = frozenset({"hidden_states", "attention_mask", "is_causal"})
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *,
-        packing: PaddedPacking | None = None, **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
+    def forward(self, *args: Any, packing: PaddedPacking | None = None, **kwargs: Any) -> Tensor:
         """As the family's own layer; with `packing` the result is packed, ``[T, width]``, and there is no mask."""
-        x = hidden_states
+        given = by_name(self, args, kwargs)
+        x: Any = given.get("hidden_states")
+        attention_mask = given.get("attention_mask")
         if packing is None:
             weight: Any = self._modules["final_layer_norm"].weight  # type: ignore[union-attr]
-            if not serves(x, attention_mask, weight) or self.why_not_fused(self):
-                return super().forward(hidden_states, attention_mask, **kwargs)
+            if asks_for_more(given, self.served) or not serves(x, attention_mask, weight) or self.why_not_fused(self):
+                return super().forward(**given)
         elif x.dim() == 3:
             x = packing.pack(x)
-        x = self._feed_forward(self._attend(x, "self_attn", attention_mask, kwargs, packing=packing))
+        x = self._feed_forward(self._attend(x, "self_attn", attention_mask, given, packing=packing))
         if x.dtype == torch.float16 and not x.isfinite().all():
             limit = torch.finfo(x.dtype).max - 1000
             x = x.clamp(-limit, limit)
@@ -104,27 +126,27 @@ class _FusedDecoderLayer(_FusedLayer):
     runs."""
 
     attentions = ("self_attn", "encoder_attn")
+    served = frozenset(
+        {"hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "is_causal"}
+    )
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None, encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None, *args: Any, **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the family's own layer."""
+        given = by_name(self, args, kwargs)
+        x: Any = given.get("hidden_states")
+        attention_mask, encoder_mask = given.get("attention_mask"), given.get("encoder_attention_mask")
         weight: Any = self._modules["final_layer_norm"].weight  # type: ignore[union-attr]
         if (
-            past_key_values is not None
-            or not serves(hidden_states, attention_mask, weight)
-            or not serves(hidden_states, encoder_attention_mask, weight)
+            asks_for_more(given, self.served)
+            or not serves(x, attention_mask, weight)
+            or not serves(x, encoder_mask, weight)
             or self.why_not_fused(self)
         ):
-            return super().forward(
-                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values,
-                *args, **kwargs,
-            )  # fmt: skip
-        x = self._attend(hidden_states, "self_attn", attention_mask, kwargs)
-        if encoder_hidden_states is not None:
-            x = self._attend(x, "encoder_attn", encoder_attention_mask, kwargs, source=encoder_hidden_states)
+            return super().forward(**given)
+        x = self._attend(x, "self_attn", attention_mask, given)
+        source = given.get("encoder_hidden_states")
+        if source is not None:
+            x = self._attend(x, "encoder_attn", encoder_mask, given, source=source)
         return self._feed_forward(x)
 
 
@@ -132,21 +154,12 @@ class _FusedEncoder(PaddingFree):
     """An encoder; mixed into a subclass of the family's own."""
 
     layer_list = "layers"
-    by_distance = False
 
 
-def _families() -> dict[type, type]:
-    replacements: dict[type, type] = {}
-    for module_name, prefix in FAMILIES.items():
-        module = importlib.import_module(f"transformers.models.{module_name}.modeling_{module_name}")
-        stock_attention = getattr(module, prefix + "Attention")
-        for mixin, name in ((_FusedEncoderLayer, "EncoderLayer"), (_FusedDecoderLayer, "DecoderLayer")):
-            plain = getattr(module, prefix + name)
-            replacements[plain] = fused_class(mixin, plain, stock_attention=stock_attention)
-        encoder, layer = getattr(module, prefix + "Encoder"), getattr(module, prefix + "EncoderLayer")
-        replacements[encoder] = fused_class(_FusedEncoder, encoder, fused_layer=replacements[layer])
-    return replacements
-
-
-REPLACEMENTS = _families()
-"""Each class that `fuse` knows here, and the class that takes its place."""
+def fused_classes(stock: Stock) -> Iterator[type]:
+    """The classes that take the place of a family's own."""
+    attention = stock["Attention"]
+    layer = stock.fused(_FusedEncoderLayer, "EncoderLayer", _ENCODER_LAYER, stock_attention=attention)
+    yield layer
+    yield stock.fused(_FusedDecoderLayer, "DecoderLayer", _DECODER_LAYER, stock_attention=attention)
+    yield stock.fused(_FusedEncoder, "Encoder", _ENCODERS[stock.prefix], fused_layer=layer)

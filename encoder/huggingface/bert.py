@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Iterator
 
-from .common import PaddingFreeStates, fused_class
+from .common import PaddingFreeStates
 from .post_norm import Names, PostNormEmbeddings, PostNormLayer
+from .stock import Stock
 
 FAMILIES = {
     "bert": "Bert",
@@ -14,10 +15,10 @@ FAMILIES = {
     "camembert": "Camembert",
     "electra": "Electra",
 }
-"""Module names of transformers and the prefix of their classes."""
+"""Model types of transformers and the prefix of their classes."""
 
 _NAMES = Names(
-    attention="attention.self", projections=("query", "key", "value"), nhead="num_attention_heads",
+    attention="attention.self", projections=("query", "key", "value"),
     attention_dropout="attention.self.dropout", out="attention.output.dense", dropout1="attention.output.dropout",
     norm1="attention.output.LayerNorm", up="intermediate.dense", activation="intermediate.intermediate_act_fn",
     down="output.dense", dropout2="output.dropout", norm2="output.LayerNorm",
@@ -29,21 +30,27 @@ _PARTS = {
     "intermediate": "Intermediate",
     "output": "Output",
 }
+EMBEDDINGS = {
+    "Embeddings": "input_ids token_type_ids position_ids: LayerNorm dropout position_embeddings position_ids "
+                  "token_type_embeddings token_type_ids word_embeddings",
+}  # fmt: skip
+_LAYER = {
+    "Layer": "hidden_states attention_mask **kwargs: attention",
+    "Layer.feed_forward_chunk": "attention_output: intermediate output",
+    "Attention": "hidden_states attention_mask **kwargs: output self",
+    "SelfAttention": "hidden_states attention_mask **kwargs: attention_head_size dropout key query scaling value",
+    "SelfOutput": "hidden_states input_tensor: LayerNorm dense dropout",
+    "Intermediate": "hidden_states: dense intermediate_act_fn",
+    "Output": "hidden_states input_tensor: LayerNorm dense dropout",
+}
 
 
-def _families() -> dict[type, type]:
-    replacements: dict[type, type] = {}
-    for module_name, prefix in FAMILIES.items():
-        module = importlib.import_module(f"transformers.models.{module_name}.modeling_{module_name}")
-        layer, encoder = getattr(module, prefix + "Layer"), getattr(module, prefix + "Encoder")
-        stock = {path: getattr(module, prefix + name) for path, name in _PARTS.items()}
-        replacements[layer] = fused_class(PostNormLayer, layer, names=_NAMES, stock=stock)
-        replacements[encoder] = fused_class(PaddingFreeStates, encoder, fused_layer=replacements[layer])
-        if prefix in ("Bert", "Electra"):  # RoBERTa's kind has positions of its own, one of them without gradient
-            embeddings = getattr(module, prefix + "Embeddings")
-            replacements[embeddings] = fused_class(PostNormEmbeddings, embeddings)
-    return replacements
-
-
-REPLACEMENTS = _families()
-"""Each class that `fuse` knows here, and the class that takes its place."""
+def fused_classes(stock: Stock) -> Iterator[type]:
+    """The classes that take the place of a family's own."""
+    parts = {path: stock[name] for path, name in _PARTS.items()}
+    layer = stock.fused(PostNormLayer, "Layer", _LAYER, names=_NAMES, parts=parts)
+    yield layer
+    encoder = {"Encoder": "hidden_states attention_mask **kwargs: layer"}
+    yield stock.fused(PaddingFreeStates, "Encoder", encoder, fused_layer=layer)
+    if stock.prefix in ("Bert", "Electra"):  # RoBERTa's kind has positions of its own, one of them without gradient
+        yield stock.fused(PostNormEmbeddings, "Embeddings", EMBEDDINGS)

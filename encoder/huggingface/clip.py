@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.clip import modeling_clip as clip
 
-from .common import PaddingFreeStates, fused_class
+from .common import PaddingFreeStates
 from .pre_norm import PreNormLayer
+from .stock import Stock
+
+FAMILIES = {"clip": "CLIP"}
 
 _NAMES = {
     "attention": "self_attn", "norm1": "layer_norm1", "norm2": "layer_norm2", "out": "out_proj",
-    "nhead": "num_heads", "scale": "scale", "dropout": "dropout",
+    "scale": "scale", "dropout": "dropout",
 }  # fmt: skip
-_STOCK = {"attention": clip.CLIPAttention, "mlp": clip.CLIPMLP}
-_LAYER = fused_class(PreNormLayer, clip.CLIPEncoderLayer, names=_NAMES, stock=_STOCK)
+_LAYER = {
+    "EncoderLayer": "hidden_states attention_mask **kwargs: layer_norm1 layer_norm2 mlp self_attn",
+    "Attention": "hidden_states attention_mask **kwargs: dropout head_dim k_proj out_proj q_proj scale v_proj",
+    "MLP": "hidden_states: activation_fn fc1 fc2",
+}
 
 
 class _FusedEncoder(PaddingFreeStates):
     """CLIP's encoder; mixed into a subclass of it. That of texts is causal."""
 
     layer_list = "layers"
-    fused_layer = _LAYER
-
-    def forward(self, inputs_embeds: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As CLIP's own encoder; hidden states at padded positions may come back as 0."""
-        return super().forward(inputs_embeds, attention_mask, **kwargs)
+    served = frozenset({"inputs_embeds", "attention_mask", "is_causal"})
 
     def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> Tensor | None:
         batch, length = inputs.shape[:2]
@@ -41,12 +43,14 @@ class _FusedEncoder(PaddingFreeStates):
             causal = torch.where(causal, 0.0, torch.finfo(dtype).min).to(dtype)
         return keep if torch.equal(attention_mask[:, 0], causal) else None
 
-    def _asks_for_more(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return not kwargs.get("is_causal") or super()._asks_for_more(args, {**kwargs, "is_causal": None})
+    def _asks_for_more(self, given: dict[str, Any]) -> bool:
+        return not given.get("is_causal") or super()._asks_for_more(given)
 
 
-REPLACEMENTS: dict[type, type] = {
-    clip.CLIPEncoderLayer: _LAYER,
-    clip.CLIPEncoder: fused_class(_FusedEncoder, clip.CLIPEncoder),
-}
-"""Each class that `fuse` knows here, and the class that takes its place."""
+def fused_classes(stock: Stock) -> Iterator[type]:
+    """The classes that take the place of CLIP's."""
+    parts = {"attention": stock["Attention"], "mlp": stock["MLP"]}
+    layer = stock.fused(PreNormLayer, "EncoderLayer", _LAYER, names=_NAMES, parts=parts)
+    yield layer
+    encoder = {"Encoder": "inputs_embeds attention_mask **kwargs:"}
+    yield stock.fused(_FusedEncoder, "Encoder", encoder, fused_layer=layer)

@@ -1,22 +1,20 @@
-"""What the families share: activations, what a running call records, and the classes that replace stock classes."""
+"""What the families share: the arguments of a call, activations, and encoders that leave padding out."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.utils import output_capturing
 
 from .. import kernels
 from ..kernels.attention.eager import MAX_HEAD_DIM
 from ..modules import has_hooks
 from ..packing import PaddedPacking, attend
+from .stock import CAPTURE, collected
 
 ACTIVATIONS = {
     type(ACT2FN[theirs]): ours
@@ -24,33 +22,40 @@ ACTIVATIONS = {
         ("gelu", "gelu"), ("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu", "relu"),
         ("quick_gelu", "quick_gelu"), ("silu", "silu"), ("swish", "silu"), ("relu2", "relu2"),
     )
+    if theirs in ACT2FN
 }  # fmt: skip
 """The kernels' name of an activation module of transformers."""
 
 IMPLEMENTATIONS = frozenset({"eager", "sdpa", "fusenc"})
 """Implementations of attention that the fused forwards stand in for; others may compute something else."""
 
-CAPTURE = output_capturing.__name__
-"""transformers leaves hooks of this module that sleep until a call asks for hidden states or attentions."""
+HARMLESS = frozenset(
+    {"use_cache", "cache_position", "position_ids", "output_hidden_states", "return_dict", "num_items_in_batch"}
+)
+"""Arguments that models hand on to encoders and layers and that change nothing of what these compute. A call that gives
+any other argument which its fused forward does not serve runs the stock forward."""
 
 
-def collected() -> Any:
-    """The outputs (hidden states, attentions) that the running call of a model records, by name; empty if none."""
-    return output_capturing._active_collector.get() or {}
+def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by the names that the stock forward of a fused module has for them.
 
-
-def fused_class(mixin: type, plain: Any, **attributes: Any) -> type:
-    """A subclass of `plain` whose forward is that of `mixin`, found by pickle in the mixin's module.
-
-    It keeps the plain name, which goes into configurations that are saved and by which others know layers.
+    Raises:
+        TypeError: more arguments than the stock forward takes, or one given twice.
     """
-    name = f"Fused{plain.__name__}"
-    names = {"__module__": mixin.__module__, "__qualname__": name, "__doc__": mixin.__doc__}
-    fused = type(plain.__name__, (mixin, plain), {**names, **attributes})
-    setattr(sys.modules[mixin.__module__], name, fused)
-    if issubclass(plain, PreTrainedModel):  # what calls may ask for is registered when a model is built
-        dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(fused), plain._can_record_outputs)
-    return fused
+    given = {**dict(zip(module.stock_arguments, args, strict=False)), **kwargs}
+    if len(given) != len(args) + len(kwargs):
+        raise TypeError(f"{type(module).__name__}: an argument is given twice, or there are too many")
+    return given
+
+
+def asks_for_more(given: dict[str, Any], served: frozenset[str]) -> bool:
+    """True if a call gives an argument that its fused forward does not serve, and that may change the results."""
+    for name, value in given.items():
+        if value is None or value is False or name in served or name in HARMLESS:
+            continue
+        if type(value) is not int or value:  # no cache has 0 tokens
+            return True
+    return False
 
 
 def why_not_attention(attention: Any, projections: Iterable[str], name: str, head_dim: int) -> str:
@@ -92,8 +97,10 @@ def why_not_activation(activation: Any) -> str:
     return "" if type(activation) in ACTIVATIONS else f"activation {activation} is not fused"
 
 
-def serves(x: Tensor, attention_mask: Any, norm_weight: Tensor) -> bool:
+def serves(x: Any, attention_mask: Any, norm_weight: Tensor) -> bool:
     """True if the fused forwards do what a call on these hidden states and this mask asks for."""
+    if not isinstance(x, Tensor):
+        return False
     if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4):
         return False  # flash and flex attention have masks of their own
     if torch._C._get_tracing_state():
@@ -109,11 +116,11 @@ def causal_without_mask(attention: Any, attention_mask: Tensor | None, kwargs: d
     if attention_mask is not None or attention.config._attn_implementation == "eager":
         return False
     given = kwargs.get("is_causal")
-    return bool(attention.is_causal if given is None else given)
+    return bool(getattr(attention, "is_causal", True) if given is None else given)
 
 
 def attention(
-    x: Tensor, projections: Sequence[Any], heads: tuple[int, int], *, source: Tensor | None = None,
+    x: Tensor, projections: Sequence[Any], head_dim: int, *, source: Tensor | None = None,
     packing: PaddedPacking | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """Attention of the tokens `x` to those of `source` (None: to themselves), heads side by side, not yet projected.
@@ -121,12 +128,13 @@ def attention(
     Args:
         x: ``[B, L, width]``, or packed ``[T, width]``.
         projections: the linear layers of query, key and value.
-        heads: number and size.
+        head_dim: size of a head.
         options: of `attend`, or with `packing` of `Packing.attend`.
     """
     source = x if source is None else source
     query, key, value = (
-        projection(t).unflatten(-1, heads) for projection, t in zip(projections, (x, source, source), strict=True)
+        projection(t).unflatten(-1, (-1, head_dim))
+        for projection, t in zip(projections, (x, source, source), strict=True)
     )
     return (attend if packing is None else packing.attend)(query, key, value, **options).flatten(-2)
 
@@ -185,15 +193,18 @@ def why_a_layer_is_not_fused(layers: Iterable[Any], kind: Any) -> str:
 
 
 class PaddingFree(nn.Module):
-    """An encoder that is given ids and a mask ``[B, L]`` and leaves padding out on the CPU; mixed into a subclass of
-    the family's own. Its fused layers take a `packing`, which the stock forward hands on to them: the first one packs.
+    """An encoder that leaves padding out on the CPU; mixed into a subclass of the family's own. It is given ids or
+    embeddings and a mask ``[B, L]``. Its fused layers take a `packing`, which the stock forward hands on to them: the
+    first one packs.
     """
 
     layer_list: ClassVar[str]
     """Name of the list of layers."""
     fused_layer: ClassVar[type]
-    by_distance: ClassVar[bool]
+    by_distance: ClassVar[bool] = False
     """Whether layers go by the distance of two tokens: then no padding may lie between real tokens."""
+    served: ClassVar[frozenset[str]] = frozenset({"input_ids", "attention_mask", "inputs_embeds"})
+    """Arguments of the stock forward with which padding can be left out."""
 
     @classmethod
     def why_not_fused(cls, encoder: Any) -> str:
@@ -205,16 +216,18 @@ class PaddingFree(nn.Module):
         """The layers of an encoder."""
         return encoder._modules[cls.layer_list]
 
-    def forward(self, input_ids: Tensor | None = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the family's own encoder; hidden states at padded positions may come back as 0."""
-        inputs = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        given = by_name(self, args, kwargs)
+        found = (given.get(name) for name in ("hidden_states", "input_ids", "inputs_embeds"))
+        inputs = next((t for t in found if t is not None), None)
         plan = None
-        if inputs is not None and not self._asks_for_more(args, kwargs) and not torch._C._get_tracing_state():
-            plan = self._plan(inputs, attention_mask)
+        if inputs is not None and not self._asks_for_more(given) and not torch._C._get_tracing_state():
+            plan = self._plan(inputs, given.get("attention_mask"))
         if plan is None or not self._all_fused():
-            return super().forward(input_ids, attention_mask, *args, **kwargs)
-        attention_mask, options = plan
-        out = super().forward(input_ids, attention_mask, **options, **kwargs)
+            return super().forward(**given)
+        given["attention_mask"], options = plan
+        out = super().forward(**given, **options)
         packing = options.get("packing")
         if packing is None:
             return out
@@ -249,30 +262,28 @@ class PaddingFree(nn.Module):
         """Which tokens a mask calls real, bool ``[B, L]``; None if it says anything else."""
         return attention_mask.bool() if attention_mask.shape == inputs.shape[:2] else None
 
-    def _asks_for_more(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _asks_for_more(self, given: dict[str, Any]) -> bool:
         """True if the call asks for hidden states or attentions, or for something unknown."""
-        config: Any = self.config
-        return bool(args) or any(
-            kwargs.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")
-        )
+        if asks_for_more(given, self.served):
+            return True
+        config: Any = getattr(self, "config", None)
+        for name in ("output_hidden_states", "output_attentions"):
+            asked = given.get(name)
+            if getattr(config, name, False) if asked is None else asked:
+                return True
+        return False
 
 
 class PaddingFreeStates(PaddingFree):
     """A `PaddingFree` encoder that is given hidden states ``[B, L, width]`` and the mask of its attention,
-    ``[B, 1, L, L]``."""
+    ``[B, 1, L or 1, L]``."""
 
     layer_list = "layer"
-    by_distance = False
-
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As the family's own encoder; hidden states at padded positions may come back as 0."""
-        return super().forward(hidden_states, attention_mask, *args, **kwargs)
+    served = frozenset({"hidden_states", "attention_mask"})
 
     def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> Tensor | None:
         batch, length = inputs.shape[:2]
-        if attention_mask.shape != (batch, 1, length, length):
+        if attention_mask.shape not in ((batch, 1, length, length), (batch, 1, 1, length)):
             return None
         mask = attention_mask[:, 0]
         of_first_query = mask[:, 0]
@@ -286,23 +297,8 @@ class PaddingFreeStates(PaddingFree):
             return None  # more than a padding mask
         return keep
 
-    def _asks_for_more(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return asks_for_more(args, kwargs) or bool(collected()) or bool(kwargs.get("output_hidden_states"))
-
-
-def asks_for_more(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """True if further arguments of an encoder or a layer change what it computes."""
-    return (
-        any(a is not None for a in args)
-        or any(kwargs.get(name) for name in _FLAGS)
-        or any(kwargs.get(name) is not None for name in _TENSORS)
-    )
-
-
-_FLAGS = ("output_attentions", "is_causal")
-_TENSORS = (
-    "past_key_values", "encoder_hidden_states", "encoder_attention_mask", "position_bias", "cache",
-)  # fmt: skip
+    def _asks_for_more(self, given: dict[str, Any]) -> bool:
+        return super()._asks_for_more(given) or bool(collected())
 
 
 def _unpacked(x: Tensor, packing: PaddedPacking) -> Tensor:

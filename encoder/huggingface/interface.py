@@ -12,11 +12,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from .. import kernels
-from .common import collected
+from .stock import collected
 
 NAME = "fusenc"
-_UNKNOWN = ("cache", "s_aux")
-"""Arguments that would change the result: a paged cache, and sinks of attention."""
+_NOT_SERVED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cache", "s_aux")
+"""Arguments that would change the result: of flattened batches, a paged cache, and sinks of attention."""
 
 
 def attention_forward(
@@ -54,9 +54,9 @@ def attention_forward(
         ``[B, Lq, H, Dv]``, and the attention weights ``[B, H, Lq, Lk]`` or None.
 
     Raises:
-        ValueError: a paged cache or attention sinks; what `attention` raises.
+        ValueError: a flattened batch, a paged cache or attention sinks; what `attention` raises.
     """
-    for name in _UNKNOWN:
+    for name in _NOT_SERVED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: expected None with attn_implementation={NAME!r}, got {kwargs[name]!r:.80}")
     if is_causal is None:

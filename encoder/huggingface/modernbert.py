@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.models.modernbert import modeling_modernbert as modernbert
 
 from .. import kernels
 from ..modules import why_not_plain
 from ..packing import PaddedPacking
 from .common import (
-    CAPTURE,
     PaddingFree,
+    asks_for_more,
+    by_name,
     feed_forward,
-    fused_class,
     serves,
     why_not_activation,
     why_not_attention,
     why_not_linear,
 )
 from .pre_norm import norm
+from .stock import CAPTURE, Stock
+
+FAMILIES = {"modernbert": ""}
+
+_LAYER = {
+    "ModernBertEncoderLayer": "hidden_states attention_mask position_embeddings **kwargs: attn attn_norm mlp mlp_norm",
+    "ModernBertAttention": "hidden_states position_embeddings attention_mask **kwargs: "
+                           "Wo Wqkv apply_rotary_pos_emb attention_dropout head_dim out_drop sliding_window",
+    "ModernBertMLP": "hidden_states: Wi Wo act drop",
+    "apply_rotary_pos_emb": "q k cos sin unsqueeze_dim: float rotate_half",
+    "rotate_half": "x: cat",
+}  # fmt: skip
+_MODEL = {
+    "ModernBertModel": "input_ids attention_mask position_ids **kwargs: attention_type create_bidirectional_mask "
+                       "create_bidirectional_sliding_window_mask embeddings final_norm layer_types rotary_emb",
+}  # fmt: skip
 
 
 class _Packing(PaddedPacking):
@@ -53,16 +69,17 @@ class _Packing(PaddedPacking):
 class _FusedLayer(nn.Module):
     """A ModernBERT layer on the fused kernels; mixed into a subclass of it."""
 
+    stock_attention: ClassVar[type]
+    stock_mlp: ClassVar[type]
+    served = frozenset({"hidden_states", "attention_mask", "position_embeddings"})
+
     @classmethod
     def why_not_fused(cls, layer: Any) -> str:
         """Why a layer cannot run fused, or ""."""
         parts = layer._modules
         attn, mlp, attn_norm = parts["attn"], parts["mlp"], parts["attn_norm"]
         return (
-            why_not_plain(
-                [("attn", attn, modernbert.ModernBertAttention), ("mlp", mlp, modernbert.ModernBertMLP)],
-                except_of=CAPTURE,
-            )
+            why_not_plain([("attn", attn, cls.stock_attention), ("mlp", mlp, cls.stock_mlp)], except_of=CAPTURE)
             or why_not_attention(attn, ("Wqkv", "Wo"), "attn", attn.head_dim)
             or why_not_linear((f"mlp.{name}", mlp._modules[name]) for name in ("Wi", "Wo"))
             or why_not_activation(mlp.act)
@@ -78,22 +95,25 @@ class _FusedLayer(nn.Module):
         )
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None, *,
-        packing: _Packing | None = None, windowed: bool = False, **kwargs: Any,
+        self, *args: Any, packing: _Packing | None = None, windowed: bool = False, **kwargs: Any
     ) -> Tensor:  # fmt: skip
         """As ModernBERT's own layer.
 
         With `packing` the result is packed, ``[T, width]``, and there is no mask. `windowed` says that the mask knows
         of padding alone, so that a local layer adds its window.
         """
-        x = hidden_states
+        given = by_name(self, args, kwargs)
+        x: Any = given.get("hidden_states")
+        attention_mask, position_embeddings = given.get("attention_mask"), given.get("position_embeddings")
         parts: Any = self._modules
         attn, mlp, attn_norm, mlp_norm = parts["attn"], parts["mlp"], parts["attn_norm"], parts["mlp_norm"]
         if packing is None and not windowed and (
-            position_embeddings is None or not serves(x, attention_mask, mlp_norm.weight) or self.why_not_fused(self)
+            position_embeddings is None
+            or asks_for_more(given, self.served)
+            or not serves(x, attention_mask, mlp_norm.weight)
+            or self.why_not_fused(self)
         ):  # fmt: skip
-            return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
+            return super().forward(**given)
         assert position_embeddings is not None
         if packing is not None and x.dim() == 3:
             x = packing.pack(x)
@@ -125,15 +145,12 @@ def _identity_or(kind: type[nn.Module], module: nn.Module) -> type[nn.Module]:
     return nn.Identity if type(module) is nn.Identity else kind
 
 
-_LAYER = fused_class(_FusedLayer, modernbert.ModernBertEncoderLayer)
-
-
 class _FusedModel(PaddingFree):
     """ModernBERT; mixed into a subclass of it."""
 
     layer_list = "layers"
-    fused_layer = _LAYER
     by_distance = True
+    served = frozenset({"input_ids", "attention_mask", "inputs_embeds", "position_ids"})
 
     def _plan(self, inputs: Tensor, attention_mask: Any) -> tuple[Any, dict[str, Any]] | None:
         if attention_mask is not None and not (
@@ -153,8 +170,9 @@ def _for_all(mask: Tensor | None) -> dict[str, Tensor | None]:
     return {"full_attention": mask, "sliding_attention": mask}
 
 
-REPLACEMENTS: dict[type, type] = {
-    modernbert.ModernBertEncoderLayer: _LAYER,
-    modernbert.ModernBertModel: fused_class(_FusedModel, modernbert.ModernBertModel),
-}
-"""Each class that `fuse` knows here, and the class that takes its place."""
+def fused_classes(stock: Stock) -> Iterator[type]:
+    """The classes that take the place of ModernBERT's."""
+    parts = {"stock_attention": stock["ModernBertAttention"], "stock_mlp": stock["ModernBertMLP"]}
+    layer = stock.fused(_FusedLayer, "ModernBertEncoderLayer", _LAYER, **parts)
+    yield layer
+    yield stock.fused(_FusedModel, "ModernBertModel", _MODEL, fused_layer=layer)

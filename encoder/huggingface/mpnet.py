@@ -2,44 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.mpnet import modeling_mpnet as mpnet
 
 from .. import kernels
 from ..kernels.common.backend import would_use_triton
 from ..packing import PaddedPacking
-from .common import PaddingFreeStates, asks_for_more, fused_class, serves
+from .common import PaddingFreeStates, asks_for_more, by_name, serves
 from .post_norm import Names, PostNormLayer
+from .stock import Stock
+
+FAMILIES = {"mpnet": "MPNet"}
 
 _BUCKETS, _REACH = 32, 128  # MPNet's own, whatever the configuration says
 
 _NAMES = Names(
-    attention="attention.attn", projections=("q", "k", "v"), nhead="num_attention_heads",
+    attention="attention.attn", projections=("q", "k", "v"),
     attention_dropout="attention.attn.dropout", out="attention.attn.o", dropout1="attention.dropout",
     norm1="attention.LayerNorm", up="intermediate.dense", activation="intermediate.intermediate_act_fn",
     down="output.dense", dropout2="output.dropout", norm2="output.LayerNorm",
 )  # fmt: skip
+_PARTS = {
+    "attention": "Attention", "attention.attn": "SelfAttention", "intermediate": "Intermediate", "output": "Output",
+}  # fmt: skip
+_LAYER = {
+    "Layer": "hidden_states attention_mask position_bias **kwargs: attention intermediate output",
+    "Attention": "hidden_states attention_mask position_bias **kwargs: LayerNorm attn dropout",
+    "SelfAttention": "hidden_states attention_mask position_bias **kwargs: "
+                     "all_head_size attention_head_size dropout k math matmul o q softmax sqrt v",
+    "Intermediate": "hidden_states: dense intermediate_act_fn",
+    "Output": "hidden_states input_tensor: LayerNorm dense dropout",
+}  # fmt: skip
+_ENCODER = {
+    "Encoder": "hidden_states attention_mask **kwargs: compute_position_bias layer",
+    "Encoder.compute_position_bias": "x position_ids num_buckets: relative_attention_bias relative_position_bucket",
+    "Encoder.relative_position_bucket": "relative_position num_buckets max_distance: "
+                                        "abs float full_like log math min where",
+}  # fmt: skip
 
 
 class _FusedLayer(PostNormLayer):
     """A layer of MPNet's; mixed into a subclass of it."""
 
+    served = frozenset({"hidden_states", "attention_mask", "position_bias"})
+
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None,
-        *args: Any, packing: PaddedPacking | None = None, relative_bias: Tensor | None = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        self, *args: Any, packing: PaddedPacking | None = None, relative_bias: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """As MPNet's own layer; `relative_bias` is the position bias by distance, for kernels that read that."""
+        given = by_name(self, args, kwargs)
+        x, attention_mask, position_bias = map(given.get, ("hidden_states", "attention_mask", "position_bias"))
         norm: Any = self._modules["output"]._modules["LayerNorm"]  # type: ignore[union-attr]
         if packing is None and (
-            asks_for_more(args, kwargs)
-            or not serves(hidden_states, attention_mask, norm.weight)
+            asks_for_more(given, self.served)
+            or not serves(x, attention_mask, norm.weight)
             or (attention_mask is not None and attention_mask.dtype == torch.bool)  # which MPNet would add as a number
             or self.why_not_fused(self)
         ):
-            return super(PostNormLayer, self).forward(hidden_states, attention_mask, position_bias, *args, **kwargs)
+            return super(PostNormLayer, self).forward(**given)
         options: dict[str, Tensor | None]
         if packing is not None:
             assert position_bias is not None
@@ -50,7 +73,7 @@ class _FusedLayer(PostNormLayer):
             options = {"attn_mask": position_bias if attention_mask is None else attention_mask}
         else:
             options = {"attn_mask": position_bias + attention_mask}
-        return (self._layer(hidden_states, packing, **options),)
+        return (self._layer(x, packing, **options),)
 
 
 class _FusedEncoder(PaddingFreeStates):
@@ -71,13 +94,9 @@ class _FusedEncoder(PaddingFreeStates):
         return super().compute_position_bias(x[:1], *args, **kwargs)  # type: ignore[misc]
 
 
-_LAYER = fused_class(_FusedLayer, mpnet.MPNetLayer, names=_NAMES, stock={
-    "attention": mpnet.MPNetAttention, "attention.attn": mpnet.MPNetSelfAttention,
-    "intermediate": mpnet.MPNetIntermediate, "output": mpnet.MPNetOutput,
-})  # fmt: skip
-
-REPLACEMENTS: dict[type, type] = {
-    mpnet.MPNetLayer: _LAYER,
-    mpnet.MPNetEncoder: fused_class(_FusedEncoder, mpnet.MPNetEncoder, fused_layer=_LAYER),
-}
-"""Each class that `fuse` knows here, and the class that takes its place."""
+def fused_classes(stock: Stock) -> Iterator[type]:
+    """The classes that take the place of MPNet's."""
+    parts = {path: stock[name] for path, name in _PARTS.items()}
+    layer = stock.fused(_FusedLayer, "Layer", _LAYER, names=_NAMES, parts=parts)
+    yield layer
+    yield stock.fused(_FusedEncoder, "Encoder", _ENCODER, fused_layer=layer)

@@ -11,9 +11,9 @@ from .. import kernels
 from ..modules import why_not_plain
 from ..packing import PaddedPacking
 from .common import (
-    CAPTURE,
     asks_for_more,
     attention,
+    by_name,
     causal_without_mask,
     feed_forward,
     serves,
@@ -21,6 +21,7 @@ from .common import (
     why_not_attention,
     why_not_linear,
 )
+from .stock import CAPTURE
 
 
 class Names(NamedTuple):
@@ -30,8 +31,6 @@ class Names(NamedTuple):
     """The module that attends."""
     projections: tuple[str, str, str]
     """Of query, key and value, in the attention."""
-    nhead: str
-    """The number of heads, in the attention."""
     attention_dropout: str
     out: str
     dropout1: str | None
@@ -47,8 +46,10 @@ class PostNormLayer(nn.Module):
     """A post-norm layer on the fused kernels; mixed into a subclass of the family's own layer."""
 
     names: ClassVar[Names]
-    stock: ClassVar[dict[str, type]]
+    parts: ClassVar[dict[str, type]]
     """The family's own classes of the parts that the fused forward stands in for, by path."""
+    served: ClassVar[frozenset[str]] = frozenset({"hidden_states", "attention_mask"})
+    """Arguments of the stock forward that the fused one serves."""
 
     @classmethod
     def why_not_fused(cls, layer: Any) -> str:
@@ -56,10 +57,10 @@ class PostNormLayer(nn.Module):
         if getattr(layer, "is_decoder", False) or getattr(layer, "add_cross_attention", False):
             return "a decoder layer"
         names = cls.names
-        reason = why_not_plain(((path, _at(layer, path), kind) for path, kind in cls.stock.items()), except_of=CAPTURE)
+        reason = why_not_plain(((path, _at(layer, path), kind) for path, kind in cls.parts.items()), except_of=CAPTURE)
         if reason:
             return reason
-        if any(part.__dict__.get("chunk_size_feed_forward") for part in (layer, *(_at(layer, p) for p in cls.stock))):
+        if any(part.__dict__.get("chunk_size_feed_forward") for part in (layer, *(_at(layer, p) for p in cls.parts))):
             return "the feed-forward is chunked"
         attending = _at(layer, names.attention)
         dropouts = (names.attention_dropout, names.dropout1, names.dropout2)
@@ -75,24 +76,23 @@ class PostNormLayer(nn.Module):
             )
         )
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any,
-        packing: PaddedPacking | None = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+    def forward(self, *args: Any, packing: PaddedPacking | None = None, **kwargs: Any) -> Any:
         """As the family's own layer; with `packing` the result is packed, ``[T, width]``, and there is no mask."""
+        given = by_name(self, args, kwargs)
+        x, attention_mask = given.get("hidden_states"), given.get("attention_mask")
         if packing is None and (
-            asks_for_more(args, kwargs)
-            or not serves(hidden_states, attention_mask, _at(self, self.names.norm1).weight)
+            asks_for_more(given, self.served)
+            or not serves(x, attention_mask, _at(self, self.names.norm1).weight)
             or self.why_not_fused(self)
         ):
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+            return super().forward(**given)
         attending = _at(self, self.names.attention)
         return self._layer(
-            hidden_states, packing, attn_mask=attention_mask, scale=attending.scaling,
+            x, packing, attn_mask=attention_mask, scale=attending.scaling,
             is_causal=packing is None and causal_without_mask(attending, attention_mask, kwargs),
         )  # fmt: skip
 
-    def _layer(self, x: Tensor, packing: PaddedPacking | None, **options: Any) -> Tensor:
+    def _layer(self, x: Any, packing: PaddedPacking | None, **options: Any) -> Tensor:
         """The layer, with options of `attention`."""
         names = self.names
         if packing is not None and x.dim() == 3:
@@ -100,8 +100,7 @@ class PostNormLayer(nn.Module):
         attending = _at(self, names.attention)
         attended = attention(
             x, [attending._modules[name] for name in names.projections],
-            (getattr(attending, names.nhead), attending.attention_head_size), packing=packing,
-            dropout_p=_rate(self, names.attention_dropout), **options,
+            attending.attention_head_size, packing=packing, dropout_p=_rate(self, names.attention_dropout), **options,
         )  # fmt: skip
         x = self._add_norm(_at(self, names.out)(attended), x, names.norm1, names.dropout1)
         out = feed_forward(x, _at(self, names.up), _activation(self, names.activation), _at(self, names.down))
@@ -140,10 +139,8 @@ class PostNormEmbeddings(nn.Module):
     Without `token_type_ids` all tokens are of type 0, as in the family's own.
     """
 
-    arguments: ClassVar[tuple[str, ...]] = (
-        "token_type_ids", "position_ids", "inputs_embeds", "past_key_values_length",
-    )  # fmt: skip
-    """Of the family's own forward, after the ids."""
+    served: ClassVar[frozenset[str]] = frozenset({"input_ids", "token_type_ids", "position_ids"})
+    """Arguments of the stock forward that the fused one serves."""
 
     @classmethod
     def why_not_fused(cls, embeddings: Any) -> str:
@@ -167,23 +164,22 @@ class PostNormEmbeddings(nn.Module):
                 return f"{name} has a row without gradient"
         return ""
 
-    def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the family's own embeddings."""
         parts: Any = self._modules
         word, position, types = parts["word_embeddings"], parts["position_embeddings"], parts.get(_TABLES[2])
-        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        position_ids = given.get("position_ids")
+        given = by_name(self, args, kwargs)
+        input_ids, position_ids = given.get("input_ids"), given.get("position_ids")
         norm = parts["LayerNorm"]
         if (
             input_ids is None
-            or given.get("inputs_embeds") is not None
-            or given.get("past_key_values_length")
+            or asks_for_more(given, self.served)
             or torch._C._get_tracing_state()  # a traced graph is made of torch's own operators
             or (position_ids is None and input_ids.shape[-1] > position.num_embeddings)
             or self.why_not_fused(self)
             or any(p.dtype != word.weight.dtype for p in self.parameters())
         ):
-            return super().forward(input_ids, *args, **kwargs)
+            return super().forward(**given)
         return kernels.embed_norm(
             input_ids, word.weight, position.weight, None if types is None else types.weight, norm.weight, norm.bias,
             position_ids=position_ids, token_type_ids=given.get("token_type_ids"), eps=norm.eps,

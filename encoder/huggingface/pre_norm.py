@@ -10,8 +10,9 @@ from .. import kernels
 from ..modules import why_not_plain
 from ..packing import PaddedPacking
 from .common import (
-    CAPTURE,
+    asks_for_more,
     attention,
+    by_name,
     causal_without_mask,
     feed_forward,
     serves,
@@ -19,6 +20,7 @@ from .common import (
     why_not_attention,
     why_not_linear,
 )
+from .stock import CAPTURE
 
 
 class PreNormLayer(nn.Module):
@@ -26,9 +28,11 @@ class PreNormLayer(nn.Module):
 
     names: ClassVar[dict[str, str]]
     """The family's names: of the layer's modules ``attention``, ``norm1`` and ``norm2``, of the attention's
-    projection ``out``, and of its numbers ``nhead``, ``scale`` and ``dropout``."""
-    stock: ClassVar[dict[str, type]]
-    """The family's own classes of the parts that the fused forward stands in for."""
+    projection ``out``, and of its numbers ``scale`` and ``dropout``."""
+    parts: ClassVar[dict[str, type]]
+    """The family's own classes of the parts that the fused forward stands in for, ``attention`` and ``mlp``."""
+    served: ClassVar[frozenset[str]] = frozenset({"hidden_states", "attention_mask", "is_causal"})
+    """Arguments of the stock forward that the fused one serves."""
 
     @classmethod
     def why_not_fused(cls, layer: Any) -> str:
@@ -36,7 +40,7 @@ class PreNormLayer(nn.Module):
         names, parts = cls.names, layer._modules
         attention, mlp = parts[names["attention"]], parts["mlp"]
         return (
-            why_not_plain([(names["attention"], attention, cls.stock["attention"]), ("mlp", mlp, cls.stock["mlp"])],
+            why_not_plain([(names["attention"], attention, cls.parts["attention"]), ("mlp", mlp, cls.parts["mlp"])],
                           except_of=CAPTURE)
             or why_not_attention(attention, ("q_proj", "k_proj", "v_proj", names["out"]), names["attention"],
                                  attention.head_dim)
@@ -48,29 +52,32 @@ class PreNormLayer(nn.Module):
             ])
         )  # fmt: skip
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *,
-        packing: PaddedPacking | None = None, **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
+    def forward(self, *args: Any, packing: PaddedPacking | None = None, **kwargs: Any) -> Tensor:
         """As the family's own layer; with `packing` the result is packed, ``[T, width]``, and there is no mask."""
+        given = by_name(self, args, kwargs)
+        x: Any = given.get("hidden_states")
+        attention_mask = given.get("attention_mask")
         names = self.names
         parts: Any = self._modules
         norm1, norm2 = (parts[names[name]] for name in ("norm1", "norm2"))
-        if packing is None and (not serves(hidden_states, attention_mask, norm1.weight) or self.why_not_fused(self)):
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        x = hidden_states if packing is None or hidden_states.dim() == 2 else packing.pack(hidden_states)
+        if packing is None and (
+            asks_for_more(given, self.served)
+            or not serves(x, attention_mask, norm1.weight)
+            or self.why_not_fused(self)
+        ):  # fmt: skip
+            return super().forward(**given)
+        x = x if packing is None or x.dim() == 2 else packing.pack(x)
         module: Any = parts[names["attention"]]
         mlp: Any = parts["mlp"]
         dropout: Any = parts.get("dropout")
         dropout_p = dropout.p if dropout is not None and dropout.training else 0.0
         if packing is None:
-            is_causal = causal_without_mask(module, attention_mask, kwargs)
+            is_causal = causal_without_mask(module, attention_mask, given)
         else:
-            is_causal = bool(kwargs.get("is_causal"))
+            is_causal = bool(given.get("is_causal"))
         attended = attention(
             norm(x, norm1), (module.q_proj, module.k_proj, module.v_proj),
-            (getattr(module, names["nhead"]), module.head_dim), packing=packing,
-            attn_mask=attention_mask, is_causal=is_causal,
+            module.head_dim, packing=packing, attn_mask=attention_mask, is_causal=is_causal,
             dropout_p=getattr(module, names["dropout"]) if module.training else 0.0,
             scale=getattr(module, names["scale"]),
         )  # fmt: skip

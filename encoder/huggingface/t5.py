@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -13,35 +13,55 @@ from ..kernels.common.backend import would_use_triton
 from ..modules import why_not_plain
 from ..packing import PaddedPacking
 from .common import (
-    CAPTURE,
     PaddingFree,
+    asks_for_more,
     attention,
+    by_name,
     feed_forward,
-    fused_class,
     serves,
     why_not_activation,
     why_not_attention,
     why_not_linear,
 )
+from .stock import CAPTURE, Stock
 
 FAMILIES = {"t5": "T5", "mt5": "MT5"}
-"""Module names of transformers and the prefix of their classes. Their layers are the same but for the name."""
+"""Model types of transformers and the prefix of their classes. Their layers are the same but for the name."""
 
 _PARTS = ("LayerSelfAttention", "Attention", "LayerNorm", "LayerFF", "DenseActDense", "DenseGatedActDense")
+_BLOCK = {
+    "Block": "hidden_states attention_mask position_bias **kwargs: any clamp finfo float16 isinf layer max where",
+    "LayerSelfAttention": "hidden_states attention_mask position_bias **kwargs: SelfAttention dropout layer_norm",
+    "Attention": "hidden_states mask position_bias **kwargs: compute_bias dropout gradient_checkpointing "
+                 "has_relative_attention_bias k key_value_proj_dim n_heads o q requires_grad scaling v",
+    "Attention.compute_bias": "query_length key_length device past_seen_tokens: _relative_position_bucket weight "
+                              "relative_attention_bias relative_attention_max_distance relative_attention_num_buckets",
+    "Attention._relative_position_bucket": "relative_position bidirectional num_buckets max_distance: "
+                                           "abs float full_like log math min where zeros_like",
+    "LayerNorm": "hidden_states: bfloat16 float16 float32 mean pow rsqrt variance_epsilon weight",
+    "LayerFF": "hidden_states: DenseReluDense dropout layer_norm",
+    "DenseActDense": "hidden_states: act dropout int8 weight wi wo",
+    "DenseGatedActDense": "hidden_states: act dropout int8 weight wi_0 wi_1 wo",
+}  # fmt: skip
+_STACK = {
+    "Stack": "input_ids attention_mask **kwargs: "
+             "block create_bidirectional_mask create_causal_mask dropout embed_tokens final_layer_norm",
+}  # fmt: skip
 
 
 class _FusedBlock(nn.Module):
     """A block of T5's encoder on the fused kernels; mixed into a subclass of the family's own block."""
 
-    stock: ClassVar[dict[str, type]]
+    parts: ClassVar[dict[str, type]]
     """The family's own classes of the parts that the fused forward stands in for, by the end of their names."""
+    served: ClassVar[frozenset[str]] = frozenset({"hidden_states", "attention_mask", "position_bias"})
 
     @classmethod
     def why_not_fused(cls, block: Any) -> str:
         """Why a block cannot run fused, or ""."""
         if block.is_decoder:
             return "a decoder block"
-        stock = cls.stock
+        stock = cls.parts
         first, second = block._modules["layer"]
         attention, dense = first._modules["SelfAttention"], second._modules["DenseReluDense"]
         gated = type(dense) is stock["DenseGatedActDense"]
@@ -81,31 +101,33 @@ class _FusedBlock(nn.Module):
         return ""
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None,
-        *args: Any, packing: PaddedPacking | None = None, together: bool = False, **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, None]:  # fmt: skip
+        self, *args: Any, packing: PaddedPacking | None = None, together: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, None]:
         """As the family's own block.
 
         With `packing` the result is packed, ``[T, width]``, and there is no mask. `together` says that all blocks of
         the encoder run fused: then the position bias may be one by distance, ``[H, 2 R + 1]``.
         """
-        x = hidden_states
+        given = by_name(self, args, kwargs)
+        x: Any = given.get("hidden_states")
+        attention_mask, position_bias = given.get("attention_mask"), given.get("position_bias")
         first, second = self._modules["layer"]  # type: ignore[misc]
         norm1, norm2 = first._modules["layer_norm"], second._modules["layer_norm"]
         module, dense = first._modules["SelfAttention"], second._modules["DenseReluDense"]
         if not together and (
-            not serves(x, attention_mask, norm1.weight)
+            asks_for_more(given, self.served)
+            or not serves(x, attention_mask, norm1.weight)
             or (position_bias is None and not module.has_relative_attention_bias)
             or self.why_not_fused(self)
         ):
-            return super().forward(hidden_states, attention_mask, position_bias, *args, **kwargs)
+            return super().forward(**given)
         if packing is not None and x.dim() == 3:
             x = packing.pack(x)
         if position_bias is None:
             position_bias = _position_bias(module, x, packing, together)
         attended = attention(
             kernels.add_norm(x, None, norm1.weight, norm="rms", eps=norm1.variance_epsilon),
-            (module.q, module.k, module.v), (module.n_heads, module.key_value_proj_dim), packing=packing,
+            (module.q, module.k, module.v), module.key_value_proj_dim, packing=packing,
             dropout_p=module.dropout if module.training else 0.0, scale=module.scaling,
             **_bias_and_mask(position_bias, attention_mask),
         )  # fmt: skip
@@ -158,16 +180,8 @@ class _FusedStack(PaddingFree):
         return mask, {**options, "together": True}
 
 
-def _families() -> dict[type, type]:
-    replacements: dict[type, type] = {}
-    for module_name, prefix in FAMILIES.items():
-        module = importlib.import_module(f"transformers.models.{module_name}.modeling_{module_name}")
-        stock = {part: getattr(module, prefix + part) for part in _PARTS}
-        plain_block, plain_stack = getattr(module, prefix + "Block"), getattr(module, prefix + "Stack")
-        replacements[plain_block] = fused_class(_FusedBlock, plain_block, stock=stock)
-        replacements[plain_stack] = fused_class(_FusedStack, plain_stack, fused_layer=replacements[plain_block])
-    return replacements
-
-
-REPLACEMENTS = _families()
-"""Each class that `fuse` knows here, and the class that takes its place."""
+def fused_classes(stock: Stock) -> Iterator[type]:
+    """The classes that take the place of a family's own."""
+    block = stock.fused(_FusedBlock, "Block", _BLOCK, parts={part: stock[part] for part in _PARTS})
+    yield block
+    yield stock.fused(_FusedStack, "Stack", _STACK, fused_layer=block)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from transformers.models.vit import modeling_vit as vit
+from collections.abc import Iterator
 
-from .common import fused_class
 from .pre_norm import PreNormLayer
+from .stock import Stock
+
+FAMILIES = {"vit": "ViT"}
 
 _NAMES = {
     "attention": "attention", "norm1": "layernorm_before", "norm2": "layernorm_after", "out": "o_proj",
-    "nhead": "num_attention_heads", "scale": "scaling", "dropout": "attention_dropout",
+    "scale": "scaling", "dropout": "attention_dropout",
+}  # fmt: skip
+_LAYER = {
+    "Layer": "hidden_states attention_mask **kwargs: attention dropout layernorm_after layernorm_before mlp",
+    "Attention": "hidden_states attention_mask **kwargs: "
+                 "attention_dropout head_dim k_proj o_proj q_proj scaling v_proj",
+    "MLP": "hidden_states: activation_fn fc1 fc2",
 }  # fmt: skip
 
-REPLACEMENTS: dict[type, type] = {
-    vit.ViTLayer: fused_class(
-        PreNormLayer, vit.ViTLayer, names=_NAMES, stock={"attention": vit.ViTAttention, "mlp": vit.ViTMLP}
-    )
-}
-"""Each class that `fuse` knows here, and the class that takes its place."""
+
+def fused_classes(stock: Stock) -> Iterator[type]:
+    """The classes that take the place of ViT's."""
+    parts = {"attention": stock["Attention"], "mlp": stock["MLP"]}
+    yield stock.fused(PreNormLayer, "Layer", _LAYER, names=_NAMES, parts=parts)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from contract import assert_same, output_and_gradients
+from packaging.version import Version
 from tolerances import SAME_ALGORITHM
 
 TEXT = {"vocab_size": 100, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
@@ -37,8 +38,14 @@ MODELS = {
 }  # fmt: skip
 
 
+def older_than(version):
+    return Version(transformers.__version__) < Version(version)
+
+
 def small_model(name, implementation="fusenc", **options):
     kind, model, own = MODELS[name]
+    if name == "t5" and older_than("5.15"):
+        pytest.skip("T5 computes attention in its own way")
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **{**own, **options})
     for rate in DROPOUT:
@@ -172,6 +179,7 @@ def test_weights_of_a_call_that_says_so():
     assert call(torch.nn.Identity(), query, query, query, None)[1] is None
 
 
+@pytest.mark.skipif(older_than("5.9"), reason="MPNet makes its mask itself")
 def test_a_model_that_would_misread_the_mask_raises():
     config = transformers.AutoConfig.for_model("mpnet", **TEXT, **BERT)
     config._attn_implementation = "fusenc"
@@ -180,7 +188,7 @@ def test_a_model_that_would_misread_the_mask_raises():
         model(torch.ones(1, 3, dtype=torch.long))
 
 
-@pytest.mark.parametrize("name", ["cache", "s_aux"])
+@pytest.mark.parametrize("name", ["cache", "s_aux", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"])
 def test_arguments_that_would_be_ignored_raise(name):
     q = torch.randn(1, 2, 3, 4)
     with pytest.raises(ValueError, match=f"^{name}: expected None"):

@@ -362,6 +362,7 @@ def test_compiles_whole(need_weights):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("need_weights", [True, False], ids=["weights", "no weights"])
+@pytest.mark.essential
 def test_on_the_gpu_path(device, backend, need_weights):
     """With dropout, against the eager path, which draws the same mask."""
     module = fusenc.MultiheadAttention(48, 4, dropout=0.2, add_zero_attn=True, batch_first=True).to(device)

@@ -279,6 +279,7 @@ def test_compiles_whole(training):
 
 @pytest.mark.kernel
 @BOTH
+@pytest.mark.essential
 def test_whole_layer_on_the_gpu_path(device, backend, norm_first):
     """With dropout, against the eager path, which draws the same masks."""
     torch.manual_seed(0)

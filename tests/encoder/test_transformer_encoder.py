@@ -587,6 +587,7 @@ def test_torchs_own_layers_run_as_in_torch():
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.essential
 def test_packed_on_the_gpu_path(device, backend, norm_first):
     theirs, ours = pair(num_layers=1, norm_first=norm_first)
     theirs.to(device), ours.to(device)

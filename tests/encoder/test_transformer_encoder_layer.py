@@ -264,6 +264,7 @@ def test_compiles_whole(training, norm_first):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.essential
 def test_whole_layer_on_the_gpu_path(device, backend, norm_first):
     theirs, ours = pair(batch_first=True, activation="gelu", norm_first=norm_first)
     ours.to(device), theirs.to(device)
@@ -273,6 +274,7 @@ def test_whole_layer_on_the_gpu_path(device, backend, norm_first):
 
 
 @pytest.mark.kernel
+@pytest.mark.essential
 def test_dropout_on_the_gpu_path_is_that_of_the_eager_path(device):
     layer = fusenc.TransformerEncoderLayer(48, 4, 100, dropout=0.3, batch_first=True, activation="gelu").to(device)
     x = torch.randn(2, 7, 48, device=device)
