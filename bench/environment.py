@@ -112,13 +112,15 @@ def _processor() -> str:
 
 
 def _packages() -> Section:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {name: version(name) for name in PACKAGES}
+
+
+def version(package: str) -> str:
+    """The version of a package, or that it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _torch() -> Section:

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import itertools
 import math
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,15 @@ from fusenc.kernels.common import launch
 from torch import Tensor
 
 from . import timing
-from .cases.case import COMPILED, AbsentError, Call, Case, Maker, flat
-from .checking import DTYPES, difference
+from .cases.case import COMPILED, AbsentError, Call, Case, Inputs, Maker, flat
+from .checking import DTYPES, difference, errors
 
 LEAST_ROUNDS = 11
 """What the time for a case may not cut: with fewer, no difference between two runs can be told from chance."""
+
+JUDGED, LEAST_ERROR = 3.0, 1.0
+"""The largest error of a result, as a multiple of the judge's error; and the smallest error that a judge is taken to
+have, in units of `checking.difference`."""
 
 MOST_OF_A_ROUND = 0.05
 """Seconds that a round should not exceed for the sake of many calls in each time."""
@@ -50,7 +55,10 @@ class Limits:
 
     rounds: int = 100
     seconds: float = 4.0
-    """Of one case; it cuts the rounds, down to `LEAST_ROUNDS`."""
+    """Of one case; it cuts the rounds, down to `least`."""
+    least: int = LEAST_ROUNDS
+    launches: bool = True
+    """Whether kernels are counted."""
 
 
 def chosen(case: Case, device: timing.Device, wanted: Sequence[str] | None) -> list[str]:
@@ -79,8 +87,8 @@ def measure(case: Case, device: timing.Device, wanted: Sequence[str] | None, lim
         try:
             _time(checked(case, device, names, outcomes), device, limits, outcomes)
         except Exception as error:  # inputs or reference that do not fit, or do not run
-            status = MEMORY if _out_of_memory(error) else FAILED
-            outcomes |= {n: Outcome(status, _first_line(error)) for n in names if n not in outcomes}
+            status = MEMORY if out_of_memory(error) else FAILED
+            outcomes |= {n: Outcome(status, first_line(error)) for n in names if n not in outcomes}
     device.release()
     return {name: outcomes[name] for name in names}
 
@@ -94,15 +102,15 @@ def checked(case: Case, device: timing.Device, names: Sequence[str], outcomes: d
             makers[name] = case.providers[name]()
     expected = None
     if case.reference is not None and makers:
-        wide = torch.float64 if DTYPES[case.dtype] == torch.float32 else torch.float32
-        expected = _view(case, "reference", case.reference()(inputs.to(wide))())
+        expected = _view(case, "reference", case.reference()(inputs.to(torch.float64))())
+    allowed = case.tolerance if expected is None or case.judge is None else _judged(case, inputs, expected)
     copies = [inputs, *(inputs.copy() for _ in range(device.copies - 1))]
     sides: dict[str, Call] = {}
     for name, make in makers.items():
         with _ending(name, outcomes):
             calls = [make(copy) for copy in copies]
             results = _view(case, name, calls[0]())
-            wrong = "" if expected is None else difference(results, expected, DTYPES[case.dtype], case.tolerance)
+            wrong = "" if expected is None else difference(results, expected, DTYPES[case.dtype], allowed)
             if wrong:
                 outcomes[name] = Outcome(WRONG, wrong)
             else:
@@ -110,19 +118,30 @@ def checked(case: Case, device: timing.Device, names: Sequence[str], outcomes: d
     return sides
 
 
+def _judged(case: Case, inputs: Inputs, expected: list[Tensor | None]) -> list[float]:
+    """The difference that each result may have: a multiple of the judge's.
+
+    The judge may be right by chance in one of many results, so its median error counts for each of them.
+    """
+    assert case.judge is not None
+    found = errors(_view(case, "reference", case.judge()(inputs)()), expected, DTYPES[case.dtype])
+    least = max(LEAST_ERROR, statistics.median(found))
+    return [min(case.tolerance, JUDGED * max(error, least)) for error in found]
+
+
 def _time(sides: dict[str, Call], device: timing.Device, limits: Limits, outcomes: dict[str, Outcome]) -> None:
     for name, call in sides.items():
         with _ending(name, outcomes):
             outcomes[name] = Outcome(MEASURED, peak_memory=device.peak_memory(call))
-            outcomes[name].launches = _launches(name, call, device)
+            outcomes[name].launches = _launches(name, call, device) if limits.launches else None
     sides = {name: call for name, call in sides.items() if outcomes[name].status == MEASURED}
     if not sides:
         return
     try:
         once = {name: _once(call, device) for name, call in sides.items()}
-        turn = sum(once.values())
+        turn = sum(once.values()) + len(once) * (device.overhead + device.head_start)
         calls = max(1, min(math.ceil(device.least / min(once.values())), int(MOST_OF_A_ROUND / turn)))
-        rounds = min(limits.rounds, max(LEAST_ROUNDS, int(limits.seconds / (turn * calls))))
+        rounds = min(limits.rounds, max(limits.least, int(limits.seconds / (turn * calls))))
         seconds = timing.take_turns(sides, device, rounds, calls, warm_up=1)
     except BaseException:  # which of them it was is not known
         for name in sides:
@@ -160,15 +179,17 @@ def _ending(name: str, outcomes: dict[str, Outcome]) -> Iterator[None]:
         outcomes[name] = Outcome(ABSENT, str(absent))
     except Exception as error:
         ours = name.startswith("fusenc")
-        status = MEMORY if _out_of_memory(error) else FAILED if ours else ABSENT
-        outcomes[name] = Outcome(status, _first_line(error))
+        status = MEMORY if out_of_memory(error) else FAILED if ours else ABSENT
+        outcomes[name] = Outcome(status, first_line(error))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error's kind and the first line of its message."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """True if an error says that memory did not suffice."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 

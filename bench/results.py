@@ -133,18 +133,29 @@ def verdict(of: Record, name: str, found: Figures) -> str:
 
 def text(results: Results) -> str:
     """The file, as JSON."""
-    cases = []
-    for of in results.records:
-        providers = {}
-        for name, outcome in of.outcomes.items():
-            found = figures(results, of, name)
-            providers[name] = {**asdict(outcome), "figures": None if found is None else asdict(found)}
-        cases.append({**{k: v for k, v in vars(of).items() if k != "outcomes"}, "providers": providers})
-    whole = {
+    return json.dumps(whole(results, [entry(results, of) for of in results.records]), indent=1) + "\n"
+
+
+def whole(results: Results, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the file holds.
+
+    Args:
+        results: all of them.
+        entries: `entry` of each record.
+    """
+    return {
         "fusenc_bench": VERSION, "machine": results.machine, "device": results.device,
-        "peaks": {dtype: asdict(peaks) for dtype, peaks in results.peaks.items()}, "cases": cases,
+        "peaks": {dtype: asdict(peaks) for dtype, peaks in results.peaks.items()}, "cases": entries,
     }  # fmt: skip
-    return json.dumps(whole, indent=1) + "\n"
+
+
+def entry(results: Results, of: Record) -> dict[str, Any]:
+    """What the file holds of one case."""
+    providers = {}
+    for name, outcome in of.outcomes.items():
+        found = figures(results, of, name)
+        providers[name] = {**asdict(outcome), "figures": None if found is None else asdict(found)}
+    return {**{k: v for k, v in vars(of).items() if k != "outcomes"}, "providers": providers}
 
 
 def load(file: Path) -> Results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,9 @@ from fusenc.kernels.common import tuned
 from .checking import DTYPES
 
 Call = Callable[[], Any]
+
+CYCLES = 2_000_000_000
+"""Clock cycles per second of a fast GPU; `_sleep` counts cycles."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Device(Protocol):
     """Seconds that one time has to cover, in as many calls as that takes."""
     copies: int
     """Inputs that take turns, so that none is warm."""
+    head_start: float
+    """Seconds that the device is kept busy before each call, so that what the host takes for the call does not count;
+    0: it counts where the device waits for the host."""
+    overhead: float
+    """About how long taking the time of a call lasts beyond the call, in seconds, without the head start."""
 
     def seconds(self, call: Call, calls: int = 1) -> float:
         """Time of one call, the mean over `calls` in a row."""
@@ -50,6 +59,9 @@ class Device(Protocol):
     def finished(self, call: Call) -> Call:
         """The same call, which returns when all is computed: for a clock that is not the device's."""
 
+    def captured(self, call: Call) -> Call:
+        """The same call as one CUDA graph; its results are in the same memory each time."""
+
     def release(self) -> None:
         """Give back memory that nothing uses any more."""
 
@@ -60,6 +72,7 @@ class Cpu:
     name = kind = where = "cpu"
     least = 1e-3
     copies = 1
+    head_start = overhead = 0.0
 
     def __init__(self) -> None:
         self._peaks: dict[str, Peaks] = {}
@@ -93,6 +106,10 @@ class Cpu:
         """The call itself."""
         return call
 
+    def captured(self, call: Call) -> Call:
+        """The call itself: a CPU has no graphs."""
+        return call
+
     def release(self) -> None:
         """Nothing to do."""
 
@@ -103,11 +120,14 @@ class Gpu:
     kind = where = "cuda"
     least = 2e-4
     copies = 3
+    head_start = 0.0
+    overhead = 1e-4
 
     def __init__(self) -> None:
+        self._capture_failed = False
         self.name = str(tuned.gpu_name(torch.cuda.current_device()))
         cache = int(getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0))
-        # Writing twice the L2 cache's size pushes the operands out, and takes longer than the host needs to launch.
+        # Writing twice the L2 cache's size pushes the operands out.
         self._flush = torch.empty(max(2 * cache, 64 << 20), dtype=torch.uint8, device=self.where)
 
     def seconds(self, call: Call, calls: int = 1) -> float:
@@ -116,6 +136,8 @@ class Gpu:
         for _ in range(calls):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._flush.zero_()
+            if self.head_start:
+                torch.cuda._sleep(int(self.head_start * CYCLES))
             start.record()
             call()
             end.record()
@@ -153,10 +175,50 @@ class Gpu:
 
         return run
 
+    def captured(self, call: Call) -> Call:
+        """Captured after three calls on another stream, as PyTorch's manual asks for.
+
+        Raises:
+            RuntimeError: an earlier capture failed.
+        """
+        if self._capture_failed:
+            raise RuntimeError("an earlier capture failed")
+        before, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        before.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                results = call()
+        except Exception:
+            self._capture_failed = True
+            _leave_capture(before, pool)
+            raise
+
+        def replay() -> Any:
+            graph.replay()
+            return results
+
+        return replay
+
     def release(self) -> None:
         """Empty torch's cache, so that one case's leftovers do not make the next one run out."""
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _leave_capture(stream: Any, pool: Any) -> None:
+    """Undo what a failed capture leaves behind: torch ends its own state only after the driver ended the capture."""
+    torch.cuda.set_stream(stream)
+    with contextlib.suppress(Exception):  # else emptying the cache fails; raises where the capture was ended
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    with contextlib.suppress(Exception):  # else random numbers on the GPU fail
+        fresh = torch.Generator("cuda").graphsafe_get_state()
+        torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
 
 
 def find_gpu() -> Gpu | None:

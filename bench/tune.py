@@ -258,7 +258,7 @@ TUNABLES: dict[str, Callable[[Size, torch.dtype], Tunable]] = {
 """What `fusenc tune` knows, by operation: makes one tunable of a size. Configurations of a kernel come before the
 choices between it and another way, which then is with the best of them."""
 
-_BY_LENGTH = ("attention_forward", "attention_dq", "attention_dkdv")
+BY_LENGTH = ("attention_forward", "attention_dq", "attention_dkdv")
 """Operations measured for each length; the others for each number of rows."""
 
 
@@ -327,7 +327,7 @@ def run(
         functools.partial(make, size, DTYPES[dtype])
         for name, make in TUNABLES.items()
         if not operations or name in operations
-        for size in (by_length if name in _BY_LENGTH else by_rows)
+        for size in (by_length if name in BY_LENGTH else by_rows)
     ]
     console = Console()
     table = Table("operation", "sizes", "candidate", "median us", "verdict", title=device.name, title_justify="left")

@@ -15,12 +15,9 @@ from fusenc.kernels.common import compat
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked!r}:
-            raise ImportError(name + " is blocked")
-sys.meta_path.insert(0, Block())
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in {blocked!r} else find(name, *rest)
 """
 
 
@@ -93,17 +90,22 @@ def test_versions_that_are_too_old_are_named(torch, triton):
     compat.require_supported("3.0.0", "4.0")
 
 
-def test_an_old_triton_stops_the_triton_path_and_no_other():
-    code = (
-        "import torch, triton, fusenc\n"
-        "triton.__version__ = '3.5.1'\n"
-        "from fusenc.kernels import add_norm, use_backend\n"
-        "x, ones = torch.randn(2, 8), torch.ones(8)\n"
-        "with use_backend('eager'):\n"
-        "    add_norm(x, x, ones, ones)\n"
-        "try:\n"
-        "    add_norm(x, x, ones, ones)\n"
-        "except ImportError as error:\n"
-        "    print(error)"
-    )
-    assert "Triton 3.6 or newer, found torch" in run(code, TRITON_INTERPRET="1")
+OLD_TRITON = """
+import torch, triton, fusenc
+triton.__version__ = "3.5.1"
+x, ones = torch.randn(2, 8), torch.ones(8)
+with fusenc.kernels.use_backend({backend!r}):
+    try:
+        fusenc.kernels.add_norm(x, x, ones, ones)
+        print(fusenc.kernels.last_backend())
+    except ImportError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("interpret", "backend", "said"),
+    [("0", "auto", "eager"), ("1", "eager", "eager"), ("1", "auto", "Triton 3.6 or newer"), ("1", "triton", "newer")],
+)
+def test_an_old_triton_stops_the_triton_path_and_no_other(interpret, backend, said):
+    assert said in run(OLD_TRITON.format(backend=backend), TRITON_INTERPRET=interpret)

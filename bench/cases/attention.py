@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..timing import Device
 from .case import (
+    DROPOUT,
+    AbsentError,
     Call,
     Case,
     Given,
@@ -24,7 +26,9 @@ from .case import (
     View,
     compiled,
     directed,
+    flat,
     function,
+    optimized,
     package,
     points,
 )
@@ -51,7 +55,11 @@ def cases(given: Given, device: Device) -> list[Case]:
     return found
 
 
-def case(point: Point, causal: bool) -> Case:
+_AT_ONCE = 1 << 27
+"""Scores that the reference computes at once, in float64 a GiB."""
+
+
+def case(point: Point, causal: bool, dropout: float = 0.0) -> Case:
     """One kind of attention at one point."""
     ragged, direction, heads = point.fill < 1.0, point.direction, point.heads
     attention: Any = fusenc.kernels.attention
@@ -59,6 +67,8 @@ def case(point: Point, causal: bool) -> Case:
     sdpa: Any = F.scaled_dot_product_attention
     # A mask only where there is one to give: torch leaves its fast kernels for it.
     options: dict[str, Any] = {"is_causal": True} if causal else {}
+    if dropout:
+        options["dropout_p"] = dropout
 
     def inputs() -> Inputs:
         shape = (point.batch, point.length, heads, point.head)  # as a model's projections leave them
@@ -74,7 +84,33 @@ def case(point: Point, causal: bool) -> Case:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        return scores.softmax(-1) @ value
+        return F.dropout(scores.softmax(-1), dropout) @ value
+
+    def in_parts(inputs: Inputs) -> Call:
+        """The reference, some sequences or heads at a time, so that long ones fit in memory."""
+        scores = point.length**2
+        some_heads = max(1, min(heads, _AT_ONCE // scores))
+        some = max(1, _AT_ONCE // (scores * heads))
+
+        def part(b: int, h: int) -> list[Tensor | None]:
+            rows, columns = slice(b, b + some), slice(h, h + some_heads)
+            leaves, upstream = ([t[rows, columns] for t in of] for of in (inputs.leaves, inputs.upstream))
+            return flat(directed(plain, Inputs(leaves, [t[rows] for t in inputs.others], upstream), direction)())
+
+        def call() -> list[Tensor]:
+            beside = [[part(b, h) for h in range(0, heads, some_heads)] for b in range(0, point.batch, some)]
+            whole: Any = [[torch.cat(found, 1) for found in zip(*row, strict=True)] for row in beside]  # type: ignore[arg-type]
+            return [torch.cat(found) for found in zip(*whole, strict=True)]
+
+        return call
+
+    def undropped(of: Provider) -> Provider:
+        def make() -> Maker:
+            if dropout:
+                raise AbsentError("measured without dropout only")
+            return of()
+
+        return make
 
     def through(backend: SDPBackend) -> Callable[..., Tensor]:
         def call(*tensors: Tensor) -> Tensor:
@@ -85,7 +121,7 @@ def case(point: Point, causal: bool) -> Case:
 
     def flex() -> Maker:
         flexible = package("torch.nn.attention.flex_attention", "FlexAttention")
-        of = torch.compile(flexible.flex_attention, dynamic=False)
+        of = optimized(flexible.flex_attention)
         lengths = torch.tensor(point.lengths, device=point.device)
 
         def keep(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -146,9 +182,9 @@ def case(point: Point, causal: bool) -> Case:
         "eager": function(plain, direction), "compile": compiled(plain, direction),
         "sdpa": function(lambda *tensors: sdpa(*tensors, **options), direction),
         **{name: function(through(backend), direction) for name, backend in BACKENDS.items()},
-        "flex": flex, "flash-attn": flash, "xformers": xformers,
+        "flex": undropped(flex), "flash-attn": undropped(flash), "xformers": undropped(xformers),
         "fusenc": function(lambda *tensors: attention(*tensors, **options), direction),
-        **({"fusenc-packed": ours_packed} if ragged else {}),
+        **({"fusenc-packed": undropped(ours_packed)} if ragged else {}),
     }  # fmt: skip
     whole = ("eager", "compile", "sdpa", *BACKENDS, "flex", "fusenc", "reference")
     views: dict[str, View] = dict.fromkeys(whole, real_tokens) if ragged else {}
@@ -156,9 +192,11 @@ def case(point: Point, causal: bool) -> Case:
     pairs = sum(n * n for n in point.lengths) / (2 if causal else 1)
     passes = {"forward": 4, "backward": 8, "both": 12}.get(direction, 4)  # q, k, v, out; those, dout, dq, dk, dv
     kind = "causal" if causal else "ragged" if ragged else "dense"
+    kind += f", dropout {dropout}" if dropout else ""
     return Case(
         "attention", point.describe(f"{kind}, {point.batch}x{point.length}, {heads} heads of {point.head}"),
         point.dtype, direction, inputs, providers, ("sdpa",), {k: v for k, v in targets.items() if v is not None},
-        function(plain, direction), views=views, flops=2.0 * products * pairs * point.width,
+        None if dropout else lambda: in_parts, DROPOUT if dropout else "", views,
+        flops=2.0 * products * pairs * point.width,
         bytes=float(passes * point.tokens * point.width * point.item), tokens=point.tokens, sizes=point.sizes(kind),
     )  # fmt: skip

@@ -26,6 +26,8 @@ RECORDED = "forward with gradients"
 PROVIDERS = {
     "fusenc": "this library",
     "fusenc-packed": "this library on packed tokens, without the padding",
+    "fusenc-flattened": "this library on a flattened batch, as transformers' collator makes it",
+    "fusenc-graph": "this library on the padded batch, as one CUDA graph",
     "eager": "the plain composition of PyTorch's functions",
     "compile": "torch.compile of it (on a CPU only if asked for: it compiles for minutes)",
     "sdpa": "F.scaled_dot_product_attention, torch choosing its backend",
@@ -38,6 +40,8 @@ PROVIDERS = {
     "fast-path": "torch.nn's module, its fast path (inference)",
     "hf-eager": "Hugging Face's module, eager attention",
     "hf-sdpa": "Hugging Face's module, SDPA",
+    "hf-sdpa-flash": "the same with SDPA's backend FLASH_ATTENTION alone",
+    "hf-sdpa-cudnn": "the same with SDPA's backend CUDNN_ATTENTION alone",
     "hf-flash": "Hugging Face's module, flash-attn",
     "flash-attn": "flash-attn",
     "xformers": "xformers",
@@ -46,6 +50,9 @@ PROVIDERS = {
 """Who can take part, and what it is."""
 
 COMPILED = ("compile", "flex")
+
+DROPOUT = "dropout draws other masks; the same case without it is checked"
+"""`Case.unchecked` of a case with dropout."""
 
 Call = Callable[[], Any]
 """Gives its results, tensors in any nesting: outputs, and after them gradients if the direction has any."""
@@ -115,6 +122,10 @@ class Case:
     """False where the yardstick does something else, so that its ratio serves to compare two results and no more."""
     within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     """A state of the process in which the case is built and measured."""
+    judge: Provider | None = None
+    """The plain composition in the case's own dtype. Other providers may have at most `JUDGED` times its error. For
+    half precision, where the tolerance of a whole model is as large as its values. None: the tolerance alone counts.
+    """
 
     @property
     def key(self) -> str:
@@ -287,7 +298,15 @@ def function(of: Callable[..., Any], direction: str) -> Provider:
 
 def compiled(of: Callable[..., Any], direction: str) -> Provider:
     """The same through torch.compile."""
-    return lambda: functools.partial(directed, torch.compile(of, dynamic=False), direction=direction)
+    return lambda: functools.partial(directed, optimized(of), direction=direction)
+
+
+def optimized(of: Callable[..., Any]) -> Callable[..., Any]:
+    """A function through torch.compile, for inputs of one size."""
+    from torch._functorch import config
+
+    config.donated_buffer = False  # the graph of a backward pass is called again
+    return torch.compile(of, dynamic=False)
 
 
 def real_rows(point: Point) -> View:

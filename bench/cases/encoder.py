@@ -15,6 +15,7 @@ from ..checking import LARGEST_DIFFERENCE_OF_A_MODEL
 from ..demo import DemoError
 from ..timing import Device
 from .case import (
+    DROPOUT,
     AbsentError,
     Case,
     Given,
@@ -29,7 +30,7 @@ from .case import (
     points,
     real_rows,
 )
-from .layer import DROPOUT, work
+from .layer import work
 from .model import missing, packaged, sentences
 
 _HALF = ("float16", "bfloat16")
@@ -111,6 +112,7 @@ def case(point: Point, dropout: float = 0.0) -> Case:
         providers, ("torch.nn", "fast-path"), {} if target is None else {"fusenc": target},
         None if dropout else reference, DROPOUT if dropout else "", views, LARGEST_DIFFERENCE_OF_A_MODEL,
         LAYERS * flops, LAYERS * moved * point.item, point.tokens, point.sizes("dropout" if dropout else ""),
+        judge=None if dropout or point.dtype == "float32" else lambda: run(encoder(), fast=False),
     )  # fmt: skip
 
 

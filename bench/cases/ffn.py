@@ -25,6 +25,32 @@ def cases(given: Given, device: Device) -> list[Case]:
     return [case(point, variant) for point in chosen if point.fill == 1.0 for variant in VARIANTS]
 
 
+def product(point: Point) -> Case:
+    """The first product alone with its bias and GELU, `linear_act`, at one point."""
+    linear_act: Any = fusenc.kernels.linear_act
+    width, hidden, direction = point.width, 4 * point.width, point.direction
+
+    def inputs() -> Inputs:
+        rows = (point.batch, point.length)
+        x, weight, bias, upstream = point.random((*rows, width), (hidden, width), (hidden,), (*rows, hidden))
+        return Inputs([x, weight * width**-0.5, bias], [], [upstream])
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, weight, bias))
+
+    passes = {"forward": 1, "backward": 2, "both": 3}.get(direction, 1)
+    elements = point.tokens * (width + hidden) + width * hidden
+    providers: dict[str, Provider] = {
+        "eager": function(plain, direction), "compile": compiled(plain, direction),
+        "fusenc": function(lambda *tensors: linear_act(*tensors, "gelu"), direction),
+    }  # fmt: skip
+    return Case(
+        "linear_act", point.describe(f"{point.tokens}x{width}x{hidden}"), point.dtype, direction, inputs, providers,
+        ("eager", "compile"), {}, function(plain, direction), flops=2.0 * passes * point.tokens * width * hidden,
+        bytes=float(passes * elements * point.item), tokens=point.tokens, sizes=point.sizes(),
+    )  # fmt: skip
+
+
 def case(point: Point, variant: str, hidden: int | None = None) -> Case:
     """One variant at one point."""
     ffn: Any = fusenc.kernels.ffn

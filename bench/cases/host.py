@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checking import LARGEST_DIFFERENCE_OF_A_MODEL
 from ..timing import Device
 from . import add_norm, decoder, embed_norm, ffn, layer, rotary
 from .case import RECORDED, Case, Given, Inputs, Point, Provider, function
@@ -32,7 +34,7 @@ def cases(given: Given, device: Device) -> list[Case]:
     found = _tiny(directions, device)
     if importlib.util.find_spec("triton") is not None:
         found += [
-            _launch(name, d)
+            launching(name, d, device)
             for name, of in FUNCTIONS.items()
             for d in directions
             if d == "forward" or (d == "both" and of.gradients)
@@ -175,25 +177,30 @@ FUNCTIONS = {
 }  # fmt: skip
 
 
-def _launch(name: str, direction: str) -> Case:
-    """One public function with the driver stubbed, beside what PyTorch's own takes in full on a CPU.
+def launching(name: str, direction: str, device: Device) -> Case:
+    """One public function beside what PyTorch's own takes: on a GPU, or on a CPU with the driver stubbed.
 
-    The second is no rival: the first leaves out what a driver and a GPU do. It is the yardstick by which two results
-    compare, on a machine whose speed varies.
+    On a CPU the second is no rival: the first leaves out what a driver and a GPU do. It is the yardstick by which two
+    results compare, on a machine whose speed varies.
     """
     from ..stub_driver import stubbed_driver
 
-    of = FUNCTIONS[name]
+    of, real = FUNCTIONS[name], device.where != "cpu"
 
     def inputs() -> Inputs:
         torch.manual_seed(0)
-        leaves, upstream = ([torch.randn(shape) for shape in shapes] for shapes in (of.shapes, of.out))
+        leaves, upstream = (
+            [torch.randn(shape, device=device.where) for shape in shapes] for shapes in (of.shapes, of.out)
+        )
         if of.heads:
             leaves, upstream = ([t.transpose(1, 2) for t in part] for part in (leaves, upstream))
-        return Inputs(leaves, of.others(), upstream)
+        return Inputs(leaves, [t.to(device.where) for t in of.others()], upstream)
 
     providers: dict[str, Provider] = {"eager": function(of.eager, direction), "fusenc": function(of.ours, direction)}
     gradients = "with gradients" if direction == "both" else "no gradients"
-    return Case("host", f"launching {name}, {gradients}", "float32", direction, inputs, providers, ("eager",),
-                unchecked=STUBBED, tokens=_LENGTH, rivals=False,
-                within=stubbed_driver)  # fmt: skip
+    return Case(
+        "host", f"launching {name}, {gradients}", "float32", direction, inputs, providers, ("eager",),
+        reference=providers["eager"] if real else None, unchecked="" if real else STUBBED,
+        tolerance=LARGEST_DIFFERENCE_OF_A_MODEL, tokens=_LENGTH, rivals=real,
+        within=contextlib.nullcontext if real else stubbed_driver,
+    )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..checking import LARGEST_DIFFERENCE_OF_A_MODEL
 from ..timing import Device
 from .case import (
+    DROPOUT,
     AbsentError,
     Call,
     Case,
@@ -33,7 +34,6 @@ GRIDS = {
     "cpu": [Grid(("float32",), (8,), (128,), (384,), (12,), (1.0, 0.58))],
     "cuda": [Grid(_HALF, (32,), (128, 512), (768,), (12,), (1.0, 0.58), ("forward", "backward", "both"))],
 }
-DROPOUT = "dropout draws other masks; the same case without it is checked"
 
 
 def cases(given: Given, device: Device) -> list[Case]:
@@ -119,6 +119,8 @@ def case(point: Point, hidden: int | None = None, dropout: float = 0.0) -> Case:
         "layer", point.describe(name), point.dtype, direction, inputs, providers, ("torch.nn", "fast-path"), {},
         None if dropout else reference, DROPOUT if dropout else "", views, LARGEST_DIFFERENCE_OF_A_MODEL, flops,
         moved * point.item, point.tokens, point.sizes(),
+        judge=None if dropout or point.dtype == "float32" else
+        lambda: module(layer(nn.TransformerEncoderLayer), fast=False),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,13 +12,31 @@ from typing import Any
 import fusenc
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 
 from ..checking import DTYPES, LARGEST_DIFFERENCE_OF_A_MODEL
 from ..demo import DemoError, load, tokenize
 from ..text import docstring_sentences, documentation_sentences
 from ..timing import Device
-from .case import AbsentError, Case, Given, Grid, Inputs, Maker, Provider, View, directed, package, points
-from .layer import DROPOUT, work
+from .attention import BACKENDS
+from .case import (
+    DROPOUT,
+    AbsentError,
+    Call,
+    Case,
+    Given,
+    Grid,
+    Inputs,
+    Maker,
+    Point,
+    Provider,
+    View,
+    directed,
+    optimized,
+    package,
+    points,
+)
+from .layer import work
 
 GRIDS = {
     "cpu": [Grid(("float32",), (16,), (64,), (384,), (12,), (1.0, 0.58))],
@@ -39,26 +58,37 @@ def cases(given: Given, device: Device) -> list[Case]:
             for d in directions
             for dropout in ((False, True) if d == "both" and fill == "half full" else (False,))
         ]
-    found = []
-    for point in points(GRIDS, given, device):
-        config = functools.partial(_config, point.width, point.heads, point.length)
-        ids = functools.partial(_random_ids, point.real())
-        name = point.describe(f"BERT, {LAYERS} layers, {point.batch}x{point.length}x{point.width}, {point.heads} heads")
-        build = functools.partial(_random, config)
-        found.append(_case(name, point.dtype, point.direction, device, build, ids, point.lengths, point.sizes()))
-    return found
+    return [case(point, device) for point in points(GRIDS, given, device)]
 
 
-def _config(width: int, heads: int, length: int) -> Any:
+def case(point: Point, device: Device, layers: int = LAYERS, autocast: bool = False) -> Case:
+    """BERT with random weights at one point; under autocast its parameters are float32."""
+    ids = functools.partial(_random_ids, point.real())
+    name = point.describe(f"BERT, {layers} layers, {point.batch}x{point.length}x{point.width}, {point.heads} heads")
+    build = functools.partial(_random, device.where, point.width, point.heads, max(point.length, 512), layers)
+    made = _case(name, point.dtype, point.direction, device, build, ids, point.lengths, point.sizes(), layers, autocast)
+    if autocast:
+        made.name += ", autocast"
+    return made
+
+
+def _config(width: int, heads: int, length: int, layers: int) -> Any:
     return package("transformers", "transformers").BertConfig(
-        hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, num_hidden_layers=LAYERS,
-        max_position_embeddings=max(length, 512), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, num_hidden_layers=layers,
+        max_position_embeddings=length, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        initializer_range=0.02 * (768 / width) ** 0.5,  # in narrow models too attention then changes the values
     )  # fmt: skip
 
 
-def _random(config: Callable[[], Any]) -> nn.Module:
+def _random(where: str, *sizes: int) -> nn.Module:
+    return copy.deepcopy(_built(where, *sizes))
+
+
+@functools.lru_cache(maxsize=1)
+def _built(where: str, *sizes: int) -> nn.Module:
+    """Kept, because drawing the weights of a large model takes seconds."""
     torch.manual_seed(0)
-    return package("transformers", "transformers").BertModel(config(), add_pooling_layer=False).eval()
+    return package("transformers", "transformers").BertModel(_config(*sizes), add_pooling_layer=False).to(where).eval()
 
 
 def _random_ids(real: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,30 +183,32 @@ def missing(op: str, name: str, dtype: str, direction: str, absent: AbsentError)
 
 def _case(
     name: str, dtype: str, direction: str, device: Device, build: Callable[[], nn.Module],
-    ids: Callable[[], tuple[Tensor, Tensor]], lengths: list[int], sizes: dict[str, Any],
+    ids: Callable[[], tuple[Tensor, Tensor]], lengths: list[int], sizes: dict[str, Any], layers: int = LAYERS,
+    autocast: bool = False,
 ) -> Case:  # fmt: skip
-    width = sizes["width"]
-    rows = (len(lengths), sizes["length"], width)
+    width, of = sizes["width"], torch.float32 if autocast else DTYPES[dtype]
+    rows, ragged = (len(lengths), sizes["length"], width), min(lengths) < max(lengths)
 
     def inputs() -> Inputs:
         generator = torch.Generator(device=device.where).manual_seed(0)
-        upstream = torch.randn(rows, generator=generator, device=device.where).to(DTYPES[dtype])
+        upstream = torch.randn(rows, generator=generator, device=device.where).to(of)
         tokens, mask = ids()
         return Inputs([], [tokens, mask], [upstream * mask[:, :, None]])
 
     def made(attention: str) -> nn.Module:
         model: Any = build()
         model.set_attn_implementation(attention)
-        return model.to(device.where, DTYPES[dtype])
+        return model.to(device.where, of)
 
-    def run(model: nn.Module, call: Callable[..., Any] | None = None) -> Maker:
-        parameters = list(model.parameters())
+    def run(model: nn.Module, call: Callable[..., Any] | None = None, wide: bool = False) -> Maker:
         forward = model if call is None else call
+        return of_hidden(model, lambda ids, mask: forward(input_ids=ids, attention_mask=mask).last_hidden_state, wide)
 
-        def hidden(tokens: Tensor, mask: Tensor) -> Tensor:
-            return forward(input_ids=tokens, attention_mask=mask).last_hidden_state
-
-        return lambda inputs: directed(hidden, inputs, direction, parameters)
+    def of_hidden(model: nn.Module, hidden: Callable[..., Any], wide: bool = False) -> Maker:
+        """Of a function from ids and mask to hidden states; `wide`: not under autocast."""
+        called = torch.autocast(device.where, DTYPES[dtype])(hidden) if autocast and not wide else hidden
+        parameters = list(model.parameters())
+        return lambda inputs: directed(called, inputs, direction, parameters)
 
     def flash() -> Maker:
         package("flash_attn", "flash-attn")
@@ -184,16 +216,48 @@ def _case(
 
     def compiled() -> Maker:
         model = made("sdpa")
-        return run(model, torch.compile(model, dynamic=False))
+        return run(model, optimized(model))
 
-    def fused() -> Maker:
+    def through(backend: str) -> Maker:
+        model = made("sdpa")
+
+        def call(**inputs: Any) -> Any:
+            with sdpa_kernel(BACKENDS[backend]):
+                return model(**inputs)
+
+        return run(model, call)
+
+    def fused_model() -> nn.Module:
         model = made("sdpa")
         fusenc.fuse(model)
-        return run(model)
+        return model
+
+    def captured() -> Maker:
+        """With the mask made before: transformers makes another one during a capture than in the calls before it."""
+        model: Any = fused_model()
+
+        def hidden(tokens: Tensor, mask: Tensor) -> Tensor:
+            x = model.embeddings(input_ids=tokens)
+            return model.encoder(x, attention_mask=mask if ragged else None).last_hidden_state
+
+        def make(inputs: Inputs) -> Call:
+            tokens, mask = inputs.others
+            whole = mask.bool()[:, None, None].expand(-1, -1, mask.shape[1], -1)
+            return device.captured(of_hidden(model, hidden)(Inputs([], [tokens, whole], inputs.upstream)))
+
+        return make
+
+    def packed() -> Maker:
+        model, real = made("sdpa"), ids()[1].bool()
+        make = of_hidden(model, _packed(model, lengths, real, direction == "forward"))
+        return lambda inputs: make(Inputs([], inputs.others, [t[real] for t in inputs.upstream]))
+
+    def flattened() -> Maker:
+        raise AbsentError("fuse does not serve flattened batches yet")
 
     def reference() -> Maker:
         model = made("eager")
-        return lambda inputs: run(model.to(inputs.upstream[0].dtype))(inputs)
+        return lambda inputs: run(model.to(inputs.upstream[0].dtype), wide=True)(inputs)
 
     def real_tokens(results: list[Tensor | None]) -> list[Tensor | None]:
         real = ids()[1].bool()
@@ -201,12 +265,55 @@ def _case(
 
     providers: dict[str, Provider] = {
         "hf-eager": lambda: run(made("eager")), "hf-sdpa": lambda: run(made("sdpa")), "hf-flash": flash,
-        "compile": compiled, "fusenc": fused,
+        "compile": compiled, "fusenc": lambda: run(fused_model()),
     }  # fmt: skip
+    if device.kind == "cuda":
+        providers |= {f"hf-{name}": functools.partial(through, name) for name in ("sdpa-flash", "sdpa-cudnn")}
+        providers["fusenc-graph"] = captured
+        if ragged:
+            providers |= {"fusenc-packed": packed, "fusenc-flattened": flattened}
     views: dict[str, View] = dict.fromkeys((*providers, "reference"), real_tokens)
     tokens, pairs = sum(lengths), sum(n * n for n in lengths)
     flops, moved = work(tokens, pairs, width, 12 * width * width, direction)
     return Case(
         "model", name, dtype, direction, inputs, providers, ("hf-sdpa",), {}, reference, "", views,
-        LARGEST_DIFFERENCE_OF_A_MODEL, LAYERS * flops, LAYERS * moved * DTYPES[dtype].itemsize, tokens, sizes,
+        LARGEST_DIFFERENCE_OF_A_MODEL, layers * flops, layers * moved * DTYPES[dtype].itemsize, tokens, sizes,
+        judge=None if dtype == "float32" else lambda: run(made("eager")),
     )  # fmt: skip
+
+
+def _packed(model: Any, lengths: list[int], real: Tensor, constant: bool) -> Callable[..., Tensor]:
+    """A BERT's hidden states of the real tokens ``[T, width]``, its layers on packed tokens.
+
+    Args:
+        model: a stock BertModel.
+        lengths: real tokens of each sequence.
+        real: the same as bool ``[B, L]``.
+        constant: whether the parameters stay, so that the three projections are put together once.
+    """
+    encoder_layer: Any = fusenc.kernels.encoder_layer
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=real.device)
+    places = real.flatten().nonzero()[:, 0]
+    eps, heads = model.config.layer_norm_eps, model.config.num_attention_heads
+
+    def weights(layer: Any) -> Any:
+        attention, out = layer.attention.self, layer.attention.output
+        projections = [attention.query, attention.key, attention.value]
+        modules = (out.dense, out.LayerNorm, layer.intermediate.dense, layer.output.dense, layer.output.LayerNorm)
+        return fusenc.kernels.LayerWeights(
+            *(torch.cat([getattr(p, name) for p in projections]) for name in ("weight", "bias")),
+            *(getattr(module, name) for module in modules for name in ("weight", "bias")),
+        )
+
+    layers = model.encoder.layer
+    with torch.no_grad():
+        kept = [weights(layer) for layer in layers] if constant else None
+
+    def hidden(tokens: Tensor, mask: Tensor) -> Tensor:
+        x = model.embeddings(tokens).flatten(0, 1).index_select(0, places)
+        options = {"cu_seqlens": starts, "max_seqlen": max(lengths), "eps1": eps, "eps2": eps}
+        for of in kept or map(weights, layers):
+            x = encoder_layer(x, of, heads, **options)
+        return x
+
+    return hidden

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import triton
+from fusenc.kernels.common import compat
 
 from .figures import Figures
 
 FILE = Path(__file__).parent / "budget.csv"
 OLDER = Path(__file__).parent / "budget_older_triton.csv"
-"""Spills in loops that an older Triton adds to those of `FILE`, each with its reason."""
+"""The spills in loops that are allowed under an older Triton in place of those of `FILE`, each with its reason."""
 
 WHOLE = ("sm_80", "sm_90", "sm_100", "gfx942")
 """Chips whose every case has a budget; the others have one for the first case of each kernel."""
@@ -105,5 +106,5 @@ def complaints(all_figures: Sequence[Figures], file: Path = FILE) -> list[str]:
 def spills_of(version: str) -> dict[tuple[str, ...], dict[str, str]]:
     """The rows of `OLDER` for a version of Triton, "3.6.0" say, by (arch, kernel, case)."""
     with OLDER.open(encoding="utf-8", newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if version.startswith(row["triton"] + ".")]
+        rows = [row for row in csv.DictReader(stream) if compat.parse(row["triton"]) == compat.parse(version)]
     return {tuple(row[name] for name in _KEY): {"loop_spills": row["loop_spills"]} for row in rows}

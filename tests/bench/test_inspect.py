@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -101,6 +102,8 @@ def test_what_an_older_triton_may_spill(monkeypatch):
     figures = Figures(key[1], key[2], key[0], loop_spills=int(row["loop_spills"]), loop={"tensor": 4}, registers=999)
     monkeypatch.setattr(triton, "__version__", "3.6.0")
     assert budget.complaints([figures]) == [] and budget.spills_of("3.60.0") == {}
+    with budget.OLDER.open() as stream:
+        assert all(row["reason"] and None not in row for row in csv.DictReader(stream))
     figures.loop_spills += 1
     assert "loop_spills is" in budget.complaints([figures])[0]
     assert "failed" in budget.complaints([Figures(key[1], key[2], key[0], error="failed")])[0]

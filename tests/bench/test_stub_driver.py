@@ -32,7 +32,7 @@ def test_every_public_function_has_its_launches_measured():
 def test_launches_reach_the_driver_through_the_real_launcher(name):
     of = host.FUNCTIONS[name]
     for direction in ("forward", "both") if of.gradients else ("forward",):
-        case = host._launch(name, direction)
+        case = host.launching(name, direction, timing.Cpu())
         with case.within() as driver:
             ours = case.providers["fusenc"]()(case.inputs())
             ours()

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import fusenc
 import pytest
 import torch
+from fusenc.bench import timing
+from fusenc.bench.cases import model
+from fusenc.bench.cases.case import Point, flat
+from fusenc.bench.checking import difference
 from fusenc.kernels import add_norm, attention, ffn
 from tolerances import HALF_PRECISION, SAME_ALGORITHM
 
@@ -36,6 +43,40 @@ def test_cuda_graph(device):
             out = layer(x)
         graph.replay()
     torch.testing.assert_close(out, expected, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+
+
+@pytest.mark.parametrize("fill", [0.5, 1.0], ids=["ragged", "full"])
+@pytest.mark.parametrize(("direction", "autocast"), [("forward", False), ("both", True)], ids=["inference", "training"])
+def test_a_captured_model_computes_what_its_calls_compute(device, fill, direction, autocast):
+    pytest.importorskip("transformers")
+    gpu = timing.Gpu()
+    point = Point("bfloat16", 4, 128, 256, 4, fill, direction, gpu.kind, gpu.where)
+    case = model.case(point, gpu, 2, autocast)
+    inputs = case.inputs()
+    expected, got = (case.views[name](flat(case.providers[name]()(inputs)())) for name in ("fusenc", "fusenc-graph"))
+    assert not difference(got, expected, torch.bfloat16)
+
+
+AFTER_A_FAILED_CAPTURE = """
+import torch
+from fusenc.bench.timing import Gpu
+gpu, x = Gpu(), torch.ones(4, device="cuda")
+for _ in range(2):
+    try:
+        gpu.captured(lambda: (x + x).sum().item())
+        raise SystemExit("captured a wait")
+    except RuntimeError as error:
+        print(error)
+gpu.release()
+print(torch.randn(4, device="cuda").sum().item() < 9.0, torch.cuda.current_stream() == torch.cuda.default_stream())
+"""
+
+
+def test_a_capture_that_fails_harms_nothing_after_it(device):
+    """In another process, since a failure would harm the tests after this one."""
+    command = [sys.executable, "-P", "-c", AFTER_A_FAILED_CAPTURE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.endswith("an earlier capture failed\nTrue True\n"), done.stderr
 
 
 def test_compiles_with_inductor(device):
