@@ -22,11 +22,11 @@ REPLACEMENTS: dict[type, type] = {}
 """Each class that `fuse` knows here, and the class that takes its place."""
 
 MISSING: dict[str, str] = {}
-"""Why a model type, by its name in ``transformers.models``, is not known although this library knows it."""
+"""The reason why the classes of a model type, by its name in ``transformers.models``, could not be loaded."""
 
 
 def _load() -> None:
-    """Each model type by itself: what one of them lacks in this transformers is no other's concern."""
+    """Load each model type separately, so that a missing class affects that type alone."""
     for family in (bert, distilbert, albert, mpnet, vit, clip, modernbert, t5, bart):
         for name, prefix in family.FAMILIES.items():
             try:

@@ -28,7 +28,7 @@ if not isinstance(_CAN_RECORD_REGISTRY, dict) or not isinstance(_active_collecto
     raise ImportError(f"transformers {transformers.__version__}: output_capturing is not as fusenc knows it")
 
 CAPTURE = "transformers.utils.output_capturing"
-"""transformers leaves hooks of this module that sleep until a call asks for hidden states or attentions."""
+"""transformers leaves hooks of this module, which do nothing unless a call asks for hidden states or attentions."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -114,7 +114,7 @@ def collected() -> Any:
 
 
 def why_changed(fused: Any) -> str:
-    """Why the installed transformers is not the one that a fused class, and its layer's, was written for, or ""."""
+    """The reason why the installed transformers differs from what a fused class, or its layers', needs, or ""."""
     for stock, name, declared in getattr(fused, "relies_on", ()):
         try:
             found = stock[name]

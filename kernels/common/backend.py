@@ -26,15 +26,8 @@ _last: str | None = None
 
 @functools.cache
 def triton_available() -> bool:
-    """True where the ``triton`` package can be imported (Linux; not macOS or Windows).
-
-    Raises:
-        ImportError: Triton or torch is older than the kernels need.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return False
-    compat.require_supported_triton()
-    return True
+    """True where the ``triton`` package can be imported (Linux; not macOS or Windows)."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -100,12 +93,14 @@ def _kernels_can_run(x: Tensor) -> bool:
             )
         if x.dtype not in KERNEL_DTYPES:
             raise TypeError(f"backend 'triton' is forced, but its kernels do not take {x.dtype}")
+        compat.require_supported_triton()
         return True
     if x.dtype not in KERNEL_DTYPES:
         return False
     if not triton_available():
         _warn_no_triton()
         return False
+    compat.require_supported_triton()
     return True
 
 

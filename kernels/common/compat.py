@@ -1,4 +1,4 @@
-"""Differences between versions of torch and Triton. No other file compares versions.
+"""Differences between versions of torch and Triton. No other file of kernels/ and encoder/ compares versions.
 
 Each difference names the oldest version that does not need it, so that it goes when the floor reaches that version.
 Two rules for kernels come from Triton 3.6 and 3.7 and need no code here:
@@ -9,6 +9,7 @@ Two rules for kernels come from Triton 3.6 and 3.7 and need no code here:
 
 from __future__ import annotations
 
+import functools
 import re
 from contextlib import AbstractContextManager, ExitStack
 from types import SimpleNamespace
@@ -38,6 +39,7 @@ def require_supported(torch_version: str, triton_version: str) -> None:
         )
 
 
+@functools.cache
 def require_supported_triton() -> None:
     """Raise ImportError if the installed torch or Triton is too old for the Triton kernels."""
     import triton
