@@ -11,7 +11,8 @@ from typing import Any
 
 import fusenc
 import torch
-from fusenc.kernels.common import launch, tuned
+from fusenc.kernels.common import device as gpu
+from fusenc.kernels.common import tuned
 
 PACKAGES = (
     "torch", "triton", "numpy", "transformers", "tokenizers", "sentence-transformers", "peft", "ttsem", "flash-attn",
@@ -136,5 +137,5 @@ def _gpus() -> Section:
     found: Section = {}
     for index in range(torch.cuda.device_count()):
         of: Any = torch.cuda.get_device_properties(index)
-        found[str(index)] = f"{of.name}, {launch.architecture(index)}, {of.total_memory / 2**30:.1f} GiB"
+        found[str(index)] = f"{of.name}, {gpu.architecture(index)}, {of.total_memory / 2**30:.1f} GiB"
     return found

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from fusenc.kernels.common import launch
+from fusenc.kernels.common import device as gpu
 from torch import Tensor
 
 from . import timing
@@ -204,4 +204,4 @@ def _launches(name: str, call: Call, device: timing.Device) -> int | None:
         return None
     from .launches import count_call
 
-    return count_call(call, launch.architecture(0) if device.kind == "cuda" else "")
+    return count_call(call, gpu.architecture(0) if device.kind == "cuda" else "")

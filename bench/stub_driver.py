@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from fusenc.kernels.common import backend, compat, launch
+from fusenc.kernels.common import backend, compat
+from fusenc.kernels.common import device as gpu
 
 from .machine_code.chips import chips
 
@@ -88,6 +89,6 @@ def stubbed_driver() -> Iterator[_Utils]:
         stack.enter_context(compat.launcher_without_driver(stub.utils.launch))
         # As under Triton's interpreter the real decision then lets tensors of the CPU pass.
         stack.enter_context(mock.patch.object(backend, "_INTERPRET", True))
-        stack.enter_context(mock.patch.object(launch, "compute_units", lambda index: chips()[ARCH].units))
-        stack.enter_context(mock.patch.object(launch, "architecture", lambda index: ARCH))
+        stack.enter_context(mock.patch.object(gpu, "compute_units", lambda index: chips()[ARCH].units))
+        stack.enter_context(mock.patch.object(gpu, "architecture", lambda index: ARCH))
         yield stub.utils

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
-from fusenc.kernels.common import launch, tuned
+from fusenc.kernels.common import device as gpu
+from fusenc.kernels.common import tuned
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -110,7 +111,7 @@ def _attention_tensors(size: Size, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _attention(table: Any, size: Size, dtype: torch.dtype, call: Call, reference: Call) -> Tunable:
-    head = max(16, launch.power_of_2(size.d_model // size.heads))
+    head = max(16, gpu.power_of_2(size.d_model // size.heads))
     key = max(2, dtype.itemsize), head
     return Tunable(table.operation, dtype, (size.length, head), _forced(table, key, call), reference)
 
@@ -214,12 +215,12 @@ def _ffn_forward(size: Size, dtype: torch.dtype) -> Tunable:
 
 
 def _ffn_output(size: Size, dtype: torch.dtype) -> Tunable:
-    from fusenc.kernels.ffn import triton_forward
+    from fusenc.kernels.ffn import forward
 
     rows, _, d_model, hidden, _ = size
     residual, _, _, weight, bias = _ffn_tensors(size, dtype)
     activated = torch.randn(rows, hidden, dtype=dtype, device=DEVICE)
-    output: Any = triton_forward.output_forward  # type: ignore[attr-defined]
+    output: Any = forward.output_forward  # type: ignore[attr-defined]
     ways = {
         name: _without_gradients(
             lambda fused=name == "fused": output(activated, weight, bias, residual, None, 0.0, fused)  # type: ignore[misc]

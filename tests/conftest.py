@@ -55,11 +55,11 @@ def _launches(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.config.getoption("--device") != "ttsem":
         yield
         return
-    from fusenc.kernels.common import launch
+    from fusenc.kernels.common import device as gpu
     from ttsem.sanitize import session
 
     # The general configurations: their blocks are small, so that small tensors have several; others have tests.
-    launch.architecture = lambda index: ""
+    gpu.architecture = lambda index: ""
     with contextlib.ExitStack() as stack:
         state = stack.enter_context(session(90, "<pytest>"))
         yield

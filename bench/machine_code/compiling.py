@@ -14,7 +14,8 @@ from unittest import mock
 
 import torch
 import triton
-from fusenc.kernels.common import backend, launch
+from fusenc.kernels.common import backend
+from fusenc.kernels.common import device as gpu
 from torch import Tensor
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -75,8 +76,8 @@ def record_launches(arch: str = "") -> Iterator[list[Launch]]:
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(backend, "use_triton", use_triton),
         mock.patch.object(backend, "plain_cpu", lambda x: False),
-        mock.patch.object(launch, "compute_units", lambda index: 108),
-        mock.patch.object(launch, "architecture", lambda index: arch),
+        mock.patch.object(gpu, "compute_units", lambda index: 108),
+        mock.patch.object(gpu, "architecture", lambda index: arch),
     ):
         yield launches
 

@@ -170,13 +170,13 @@ def _calls(arch: str) -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[i
     for option, arguments in kinds.items():  # with sums on the side that the functions alone do not have
         yield f"float16 layer {option}", functools.partial(_layer, **arguments), layer, HALF
 
-    from fusenc.kernels.ffn import triton_whole
+    from fusenc.kernels.ffn import whole
 
-    for (chip, width), config in triton_whole.CONFIGS.items():
+    for (chip, width), config in whole.CONFIGS.items():
         if chip == arch:  # no other launches it
             narrow: list[tuple[int, ...]] = [(16384, width), (4 * width, width), (4 * width,), (width, 4 * width),
                                              (width,), (16384, width)]  # fmt: skip
-            whole: Any = functools.partial(triton_whole.whole_ffn, activation="gelu", config=config)
+            whole: Any = functools.partial(whole.whole_ffn, activation="gelu", config=config)
             yield f"float16 width {width} whole block", whole, narrow, HALF
 
 

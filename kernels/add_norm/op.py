@@ -19,7 +19,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Output, sum, means and reciprocal deviations, on whichever backend serves `x`; the last three on request."""
     if backend.use_triton(x):
-        from .triton_forward import add_norm_forward
+        from .forward import add_norm_forward
 
         return add_norm_forward(x, residual, weight, bias, x_bias, seed, options, store_sum, store_statistics)
     out, total = eager.add_norm(x, residual, weight, bias, x_bias, seed, options)
@@ -35,7 +35,7 @@ def backward(
     args = (dout, dsum, x, residual, x_bias, weight, mean, rstd, seed, options, recompute, wanted)
     if backend.use_triton(dout):
         from ..common.column_sums import ColumnSums
-        from .triton_backward import add_norm_backward
+        from .backward import add_norm_backward
 
         sums = ColumnSums()
         grads = add_norm_backward(*args, sums)

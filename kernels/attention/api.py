@@ -10,7 +10,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..common import backend, checks, dropout, launch, operator
+from ..common import backend, checks, dropout, operator
+from ..common import device as gpu
 from . import eager, op
 from .arguments import Inputs, Options, wide_dtype
 from .block_mask import BlockMask
@@ -423,7 +424,7 @@ def attention_weights(
             window, alibi_slopes, relative_bias, softcap, alignment, block_mask,
         )  # fmt: skip
         if backend.use_triton(query):
-            from .triton_planes import softmax_weights
+            from .planes import softmax_weights
 
             _, _, statistics = op.forward(inputs, options, False)
             assert statistics is not None
@@ -614,8 +615,8 @@ def _checked_scales(
     query_scale: Tensor | None = None, key_scale: Tensor | None = None, value_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """float32 ``[B, H, 2]``: what products and what values are multiplied by."""
-    if query.is_cuda and not launch.has_float8(query.device.index):
-        name = launch.architecture(query.device.index)
+    if query.is_cuda and not gpu.has_float8(query.device.index):
+        name = gpu.architecture(query.device.index)
         checks.fail_value("query", f"float16 or bfloat16 on {name}, which multiplies no float8 numbers", query)
     for name, bias in (("attn_mask", attn_mask), ("relative_bias", relative_bias)):
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():

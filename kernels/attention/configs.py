@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..common import launch
-from ..common.config_table import ConfigTable
-from .triton_blocks import Switches
+from ..common import device as gpu
+from ..common.configs import ConfigTable
+from .blocks import Switches
 
 
 class Config(NamedTuple):
@@ -39,7 +39,7 @@ class Table(ConfigTable[tuple[int, int], Config]):
         own = not any(getattr(switches, name) not in (False, 0, "none") for name in self._crowded)
         # Masks and added terms are loaded to shared memory, which the configuration measured without may fill.
         plain = own and switches.MASK == "none" and not (switches.ADDED or switches.DROPOUT or switches.SPARSE)
-        sizes = (launch.power_of_2(length), head_size(switches)) if plain else None
+        sizes = (gpu.power_of_2(length), head_size(switches)) if plain else None
         config = self.look_up((max(2, query.element_size()), head_size(switches)), query, own, sizes)
         if switches.SPARSE:  # no block may reach over the edge of a block mask's
             config = config._replace(

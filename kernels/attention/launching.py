@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common import checks, dropout, launch
+from ..common import checks, dropout
+from ..common import device as gpu
 from .arguments import Inputs, Options, sequences
+from .blocks import Switches
 from .eager import MAX_HEAD_DIM
-from .triton_blocks import Switches
 
 
 class Call(NamedTuple):
@@ -64,12 +65,12 @@ def describe(inputs: Inputs, options: Options, start_position: int = 0) -> Call:
         GROUPED=key.shape[1] != nhead,
         DROPOUT=options.dropout_p > 0.0,
         FLOAT8=inputs.scales is not None,
-        PRECISION=launch.input_precision(query),
+        PRECISION=gpu.input_precision(query),
         WIDE=any(reaches_far(t) for t in (query, key, value, attn_mask) if t is not None),
         HEAD_DIM=query.shape[3],
         VALUE_DIM=value.shape[3],
-        BLOCK_D=max(16 if inputs.scales is None else 32, launch.power_of_2(query.shape[3])),
-        BLOCK_DV=max(16, launch.power_of_2(value.shape[3])),
+        BLOCK_D=max(16 if inputs.scales is None else 32, gpu.power_of_2(query.shape[3])),
+        BLOCK_DV=max(16, gpu.power_of_2(value.shape[3])),
     )
     reach = 0 if relative is None else relative.shape[1] // 2
     numbers = (options.softmax_scale, options.softcap, dropout.keep_scale(options.dropout_p))

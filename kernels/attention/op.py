@@ -21,7 +21,7 @@ def forward(inputs: Inputs, options: Options, return_lse: bool) -> tuple[Tensor,
     """Output, log-sum-exp (float32) if asked for, and what the backward pass needs of it, on whichever backend serves
     the query; the eager one needs nothing."""
     if backend.use_triton(inputs.query):
-        from .triton_forward import attention_forward
+        from .forward import attention_forward
 
         return attention_forward(inputs, options, return_lse)
     return *eager.attention(inputs, options, return_lse), None
@@ -33,7 +33,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of the differentiable inputs as far as they are needed, on whichever backend serves the query."""
     if backend.use_triton(inputs.query):
-        from .triton_backward import attention_backward
+        from .backward import attention_backward
 
         dquery, dkey, dvalue, dmask, drelative = needs
         return attention_backward(
@@ -70,7 +70,7 @@ class Attention(torch.autograd.Function):
 
 def forward_with_weights(inputs: Inputs, options: Options, average: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `eager.attention_with_weights`, and statistics, on the kernels."""
-    from .triton_planes import softmax_weights
+    from .planes import softmax_weights
 
     out, _, statistics = forward(inputs, options, False)
     assert statistics is not None
@@ -118,7 +118,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _has_parts(inputs: Inputs, options: Options) -> bool:
-    """Whether the kernels keep the log-sum-exp's two parts apart; see `triton_blocks.load_statistics`."""
+    """Whether the kernels keep the log-sum-exp's two parts apart; see `blocks.load_statistics`."""
     mask = inputs.attn_mask
     added = mask is not None and mask.dtype != torch.bool
     added = added or options.softcap > 0.0 or inputs.relative_bias is not None or inputs.alibi_slopes is not None

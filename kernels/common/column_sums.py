@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import device as gpu
 
 BLOCK_P = tl.constexpr(32)
 BLOCK_N = tl.constexpr(64)
@@ -87,5 +87,5 @@ class ColumnSums:
             return
         outs = arguments[1]
         programs = sum(triton.cdiv(out.shape[0], BLOCK_N.value) for out in outs)
-        with launch.on_device_of(outs[0]):
-            column_sums_kernel[(programs,)](*arguments, JOBS=jobs, **launch.COMPILE_OPTIONS)
+        with gpu.on_device_of(outs[0]):
+            column_sums_kernel[(programs,)](*arguments, JOBS=jobs, **gpu.COMPILE_OPTIONS)

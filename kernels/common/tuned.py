@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import launch
+from . import device as gpu
 
 VERSION = 1
 """Of the tables' form and of what their choices mean: raised when a name no longer stands for the same code."""
@@ -59,7 +59,7 @@ def _first_answer(operation: str, device_index: int | None, dtype: torch.dtype, 
 
 def bucket(size: int) -> int:
     """The power of two that stands for a size: the least one that is not below it."""
-    return launch.power_of_2(min(size, _LARGEST))
+    return gpu.power_of_2(min(size, _LARGEST))
 
 
 def text_of(operation: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str:
@@ -74,7 +74,7 @@ def section_of(gpu: str) -> str:
 
 def gpu_name(index: int | None) -> str | None:
     """The GPU's name as its driver gives it, None where there is no GPU."""
-    if not torch.cuda.is_available() or not launch.architecture(index):
+    if not torch.cuda.is_available() or not gpu.architecture(index):
         return None
     return str(torch.cuda.get_device_name(index or 0))
 

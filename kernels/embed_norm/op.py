@@ -21,7 +21,7 @@ def forward(tables: Tables, options: Options, store_statistics: bool) -> tuple[T
     """Output, and on request means (None for "rms" on the kernels) and reciprocal deviations, on whichever backend
     serves the word table."""
     if backend.use_triton(tables.word):
-        from .triton_forward import embed_norm_forward
+        from .forward import embed_norm_forward
 
         if options.check_ids:
             eager.require_ids_in_range(tables)
@@ -38,7 +38,7 @@ def backward(
     """The gradients of the five tables, each only if `needs` says so, on whichever backend serves the word table."""
     if backend.use_triton(tables.word):
         from ..common.column_sums import ColumnSums
-        from .triton_backward import embed_norm_backward
+        from .backward import embed_norm_backward
 
         sums = ColumnSums()
         grads = embed_norm_backward(dout, mean, rstd, tables, options, needs, sums)  # type: ignore[arg-type]

@@ -22,9 +22,9 @@ def forward(
     src: Tensor, w: LayerWeights, masks: Masks, seeds: Sequence[Tensor | None], options: Options, save: bool
 ) -> tuple[Tensor, _Saved]:
     """The output, and with `save` what the backward pass needs."""
-    from ..add_norm.triton_forward import add_norm_forward
-    from ..attention.triton_forward import attention_forward
-    from ..ffn.triton_forward import linear_act_forward, output_forward
+    from ..add_norm.forward import add_norm_forward
+    from ..attention.forward import attention_forward
+    from ..ffn.forward import linear_act_forward, output_forward
 
     p = options.dropouts
     norm1, norm2 = _norms(options)
@@ -72,10 +72,10 @@ def backward(
     Sums over rows (norms' parameters, biases) are collected and added up by the programs of the last attention kernel;
     a key's bias has the gradient 0.
     """
-    from ..add_norm.triton_backward import add_norm_backward
-    from ..attention.triton_backward import attention_backward, bias_sums
+    from ..add_norm.backward import add_norm_backward
+    from ..attention.backward import attention_backward, bias_sums
     from ..common.column_sums import ColumnSums
-    from ..ffn.triton_backward import ffn_backward
+    from ..ffn.backward import ffn_backward
 
     first, qkv, attended, statistics, sum1, mean1, rstd1, between, hidden, activated, sum2, mean2, rstd2 = saved
     needs_src, needs_mask = needs[0], needs[1 + _WEIGHTS]

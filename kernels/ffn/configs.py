@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..common import launch, tuned
-from ..common.config_table import ConfigTable
+from ..common import device as gpu
+from ..common import tuned
+from ..common.configs import ConfigTable
 
 
 class Config(NamedTuple):
@@ -33,13 +34,13 @@ class Table(ConfigTable[tuple[int, bool], Config]):
 
     def choose(self, x: Tensor, heavy: bool, columns: int) -> Config:
         """The configuration for the product of ``x [rows, inner]`` with `columns` columns."""
-        sizes = None if heavy else (launch.power_of_2(x.shape[0]), columns, x.shape[1])
+        sizes = None if heavy else (gpu.power_of_2(x.shape[0]), columns, x.shape[1])
         return self.look_up((x.element_size(), heavy), x, True, sizes)
 
 
 def family(x: Tensor) -> str:
     """The kind of chip that `x` is on: those share configurations."""
-    return launch.family(x.device.index)
+    return gpu.family(x.device.index)
 
 
 # Evidence: `fusenc inspect linear_act_kernel hidden_gradient_kernel` (docs/ffn.md). 128x256x64 with 8 warps and 3
@@ -76,7 +77,7 @@ GROUP_M = 8
 
 def pointwise_block(columns: int) -> tuple[int, int, int]:
     """Rows and columns of a pointwise kernel's block, and its warps: 16 elements of each array a thread."""
-    block_n = min(256, max(16, launch.power_of_2(columns)))
+    block_n = min(256, max(16, gpu.power_of_2(columns)))
     return 2048 // block_n, block_n, 4
 
 
@@ -101,7 +102,7 @@ def use_fused(fused: bool | None, operation: str, x: Tensor, columns: int, inner
     """
     if fused is not None:
         return fused
-    measured = tuned.choice(operation, x.device.index, x.dtype, (launch.power_of_2(x.shape[0]), columns, inner))
+    measured = tuned.choice(operation, x.device.index, x.dtype, (gpu.power_of_2(x.shape[0]), columns, inner))
     if measured is not None:
         return measured == "fused"
     limit = _LARGEST_INNER.get(family(x))

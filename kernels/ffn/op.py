@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import backend, dropout, launch, operator
+from ..common import backend, dropout, operator
+from ..common import device as gpu
 from . import eager
 
 RECOMPUTE = (False, "activation", True)
@@ -30,13 +31,13 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Output, and as far as asked for pre-activation and activation, ``[rows, ...]``, on the backend of `x`."""
     if backend.use_triton(x):
-        from .triton_forward import ffn_forward
-        from .triton_whole import serves, whole_ffn
+        from .forward import ffn_forward
+        from .whole import serves, whole_ffn
 
         keeps = save_hidden or save_activated or seed is not None or out_seed is not None
         if (
             not (keeps or gated) and fused is not False and (residual is None or residual.dtype is x.dtype)
-            and serves(x, weight1, weight2, launch.architecture(x.device.index))
+            and serves(x, weight1, weight2, gpu.architecture(x.device.index))
         ):  # fmt: skip
             return whole_ffn(x, weight1, bias1, weight2, bias2, residual, activation), None, None
         out, hidden, activated = ffn_forward(
@@ -68,7 +69,7 @@ def backward(
             gated, needs, accumulate,
         )  # fmt: skip
     from ..common.column_sums import ColumnSums
-    from .triton_backward import ffn_backward
+    from .backward import ffn_backward
 
     sums = ColumnSums()
     grads = ffn_backward(
@@ -87,7 +88,7 @@ def linear_act_forward(
     flat = eager.as_matrix(x)
     hidden: Tensor | None
     if backend.use_triton(x):
-        from .triton_forward import linear_act_forward as launch
+        from .forward import linear_act_forward as launch
 
         out, hidden = launch(flat, weight, bias, seed, dropout_p, activation, gated, fused, save_hidden)
     else:
@@ -107,8 +108,8 @@ def linear_act_backward(
         dhidden = eager.hidden_gradient(flat_do, hidden, seed, dropout_p, activation, gated)
         return eager.linear_backward(dhidden, x, weight, needs)
     from ..common.column_sums import ColumnSums
-    from .triton_backward import activation_gradient, input_gradient
-    from .triton_forward import pre_activation
+    from .backward import activation_gradient, input_gradient
+    from .forward import pre_activation
 
     sums = ColumnSums()
     hidden = pre_activation(flat_x, weight, bias, gated, fused) if hidden is None else hidden

@@ -22,10 +22,10 @@ def rotate(
     if not backend.use_triton(query):
         return eager.rotary(query, key, cos, sin, position_ids, interleaved, inverse)
     if inverse:
-        from .triton_backward import rotate_back
+        from .backward import rotate_back
 
         return rotate_back(query, key, cos, sin, position_ids, interleaved)
-    from .triton_forward import rotate as launch
+    from .forward import rotate as launch
 
     return launch(query, key, cos, sin, position_ids, interleaved, False)
 

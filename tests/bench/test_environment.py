@@ -32,7 +32,7 @@ def test_a_gpu_is_named(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
-    monkeypatch.setattr(environment.launch, "architecture", lambda index: "sm_90")
+    monkeypatch.setattr(environment.gpu, "architecture", lambda index: "sm_90")
     assert environment.collect()["gpus"] == {"0": "Stub chip, sm_90, 16.0 GiB"}
 
 

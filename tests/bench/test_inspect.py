@@ -31,7 +31,7 @@ from fusenc.bench.machine_code import (  # noqa: E402
     shipped,
 )  # fmt: skip
 from fusenc.bench.machine_code.compiling import Launch, compile_for, record_launches  # noqa: E402
-from fusenc.kernels.add_norm.triton_blocks import lanes  # noqa: E402
+from fusenc.kernels.add_norm.blocks import lanes  # noqa: E402
 
 tl = triton.language
 ALWAYS = list(budget.WHOLE)

@@ -54,7 +54,7 @@ def test_add_norm_launches_one_kernel_forward_and_two_backward():
 
 
 def test_afterwards_all_is_as_before():
-    from fusenc.kernels.add_norm.triton_forward import add_norm_forward_kernel
+    from fusenc.kernels.add_norm.forward import add_norm_forward_kernel
     from triton.runtime import driver
 
     x, weight = torch.randn(8, 64), torch.ones(64)

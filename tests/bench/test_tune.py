@@ -16,7 +16,7 @@ from fusenc.bench import commands, tune
 from fusenc.bench.machine_code.compiling import record_launches
 from fusenc.kernels import attention, ffn
 from fusenc.kernels.attention import configs as attention_configs
-from fusenc.kernels.common import config_table, tuned
+from fusenc.kernels.common import configs, tuned
 from fusenc.kernels.ffn import configs as ffn_configs
 from typer.testing import CliRunner
 
@@ -165,7 +165,7 @@ def test_the_shipped_candidates_are_right(operation, request, monkeypatch):
     if device == "cpu":
         pytest.skip("the ways differ on the kernels alone")
     monkeypatch.setattr(tune, "DEVICE", "cuda" if device == "cuda" else "cpu")
-    monkeypatch.setattr(config_table, "_STAGES", (2,))
+    monkeypatch.setattr(configs, "_STAGES", (2,))
     for table in TABLES:
         monkeypatch.setattr(table, "_candidates", {})
     clock = Clock()

@@ -64,15 +64,15 @@ def test_shipped_functions_are_clean_and_wrong_values_are_seen(monkeypatch, tmp_
     assert clean.exit_code == 0 and "6 launches: no overrun" in " ".join(clean.output.split())
     assert "| add_norm | float32 | 3 | 0 |" in table.read_text()
 
-    from fusenc.kernels.add_norm import triton_forward
+    from fusenc.kernels.add_norm import forward
 
-    real = triton_forward.add_norm_forward
+    real = forward.add_norm_forward
 
     def another_eps(*arguments):
         *tensors, options, store_sum, store_statistics = arguments
         return real(*tensors, options._replace(eps=0.1), store_sum, store_statistics)
 
-    monkeypatch.setattr(triton_forward, "add_norm_forward", another_eps)
+    monkeypatch.setattr(forward, "add_norm_forward", another_eps)
     rows = verify.verify([])
     assert all("values" in row.fault for row in rows)
     assert torch.cuda.is_available is before  # the pretence of a GPU ends with the search

@@ -8,7 +8,8 @@ import pytest
 import torch
 from contract import assert_contract
 from fusenc.kernels import attention, last_backend
-from fusenc.kernels.common import dropout, launch
+from fusenc.kernels.common import device as gpu
+from fusenc.kernels.common import dropout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import LEAST_GRADIENT
@@ -205,7 +206,7 @@ def test_log_sum_exp_and_its_gradient(device, dtype):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_configurations_of_an_architecture(device, monkeypatch, arch, head_dim):
-    monkeypatch.setattr(launch, "architecture", lambda index: arch)
+    monkeypatch.setattr(gpu, "architecture", lambda index: arch)
     check(qkv(1, 2, 300, 300, head_dim, device=device), torch.float16, is_causal=True)
 
 

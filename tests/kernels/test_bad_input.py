@@ -100,7 +100,7 @@ def test_attention_options(options, error, named):
 
 
 def test_float8(monkeypatch):
-    from fusenc.kernels.common import launch
+    from fusenc.kernels.common import device as gpu
 
     q8 = Q.to(torch.float8_e4m3fn)
     one = torch.ones(())
@@ -118,8 +118,8 @@ def test_float8(monkeypatch):
         with pytest.raises(TypeError, match=r"^query: expected a float32"):
             call(*[q8] * (2 if call is attention_weights else 3))
     for name, has in {"sm_80": False, "sm_89": True, "sm_90": True, "sm_120": True, "gfx942": False, "": True}.items():
-        monkeypatch.setattr(launch, "architecture", lambda index, name=name: name)
-        assert launch.has_float8(None) == has
+        monkeypatch.setattr(gpu, "architecture", lambda index, name=name: name)
+        assert gpu.has_float8(None) == has
 
 
 def test_heads_that_do_not_divide():

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from tolerances import FLOOR, FORWARD_FACTOR
 
 pytest.importorskip("triton")
-from fusenc.kernels.common import launch
-from fusenc.kernels.ffn.triton_whole import CONFIGS, WholeConfig, serves, whole_ffn
+from fusenc.kernels.common import device as gpu
+from fusenc.kernels.ffn.whole import CONFIGS, WholeConfig, serves, whole_ffn
 
 SMALL = WholeConfig(32, 32, 16, 4, 2)
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
@@ -89,7 +89,7 @@ def meta(*shape, dtype=torch.float16):
 
 
 def test_it_serves_only_what_the_table_says(monkeypatch):
-    monkeypatch.setattr(launch, "compute_units", lambda index: 132)
+    monkeypatch.setattr(gpu, "compute_units", lambda index: 132)
     x, w1, w2 = meta(8, 2048, 256), meta(1024, 256), meta(256, 1024)
     assert serves(x, w1, w2, "sm_90")
     for arch in ("sm_80", "sm_86", "gfx942", ""):

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import dropout, launch
+from ..common import device as gpu
+from ..common import dropout
+from ..common.blocks import dropout_keep
 from ..common.column_sums import ColumnSums
-from ..common.triton_blocks import dropout_keep
-from .eager import Options, Tables
-from .triton_blocks import (
+from .blocks import (
     as_rows,
     chunk_of_rows,
     grid,
@@ -25,6 +25,7 @@ from .triton_blocks import (
     tiling,
     tokens_of,
 )
+from .eager import Options, Tables
 
 
 @triton.jit
@@ -275,17 +276,17 @@ def segment_sums(dz: Tensor, ids: Tensor, table_rows: int, dtype: torch.dtype, p
     in_order, order = torch.sort(ids, stable=True)
     stretches = triton.cdiv(tokens, _STRETCH)
     partial = torch.empty((stretches, 2, width), dtype=torch.float32, device=dz.device)
-    block_n = min(_BLOCK_N, max(16, launch.power_of_2(width)))
+    block_n = min(_BLOCK_N, max(16, gpu.power_of_2(width)))
     programs = (stretches, triton.cdiv(width, block_n))
-    with launch.on_device_of(dz):
+    with gpu.on_device_of(dz):
         segment_sums_kernel[programs](
             in_order, order, dz, out, partial, tokens, table_rows, padding, width,
-            STRETCH=_STRETCH, BLOCK_N=block_n, num_warps=1, **launch.COMPILE_OPTIONS,
+            STRETCH=_STRETCH, BLOCK_N=block_n, num_warps=1, **gpu.COMPILE_OPTIONS,
         )  # fmt: skip
         if stretches > 1:
             segment_joins_kernel[(stretches - 1, programs[1])](
                 in_order, partial, out, tokens, table_rows, padding, width,
-                STRETCH=_STRETCH, BLOCK_P=_BLOCK_P, BLOCK_N=block_n, num_warps=4, **launch.COMPILE_OPTIONS,
+                STRETCH=_STRETCH, BLOCK_P=_BLOCK_P, BLOCK_N=block_n, num_warps=4, **gpu.COMPILE_OPTIONS,
             )  # fmt: skip
     return out
 
@@ -319,8 +320,8 @@ def embed_norm_backward(
     seed, mean = dz if tables.seed is None else tables.seed, rstd if mean is None else mean
     numbers = (dropout.threshold(options.dropout_p), dropout.keep_scale(options.dropout_p))
     weight = dz if tables.norm_weight is None else tables.norm_weight.contiguous()
-    common = {"DROPOUT": tables.seed is not None, "RMS": options.rms, **launch.COMPILE_OPTIONS}
-    with launch.on_device_of(word):
+    common = {"DROPOUT": tables.seed is not None, "RMS": options.rms, **gpu.COMPILE_OPTIONS}
+    with gpu.on_device_of(word):
         embed_norm_backward_kernel[(share.programs,)](
             *pointers, weight, seed, flat_do, mean, rstd, dz, partial, *counts, *share, flat_do.stride(0), width,
             *numbers, **switches, **common, HAS_WEIGHT=tables.norm_weight is not None, HELD=tile.held,

@@ -7,13 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import launch
+from ..common import device as gpu
+from ..common.blocks import dropout_keep
 from ..common.column_sums import ColumnSums, add_up_columns
-from ..common.triton_blocks import dropout_keep
 from .arguments import Inputs, Options, sequences
-from .configs import DKDV, DQ
-from .launching import Call, describe, empty_in_order_of, reaches_far, strides_of_list
-from .triton_blocks import (
+from .blocks import (
     block_probabilities,
     block_scores,
     both_sequences,
@@ -27,6 +25,8 @@ from .triton_blocks import (
     visible_keys,
     visible_range,
 )
+from .configs import DKDV, DQ
+from .launching import Call, describe, empty_in_order_of, reaches_far, strides_of_list
 
 
 @triton.jit
@@ -414,7 +414,7 @@ def launch_delta(dout: Tensor, dlse: Tensor | None, out: Tensor, call: Call) -> 
     delta_kernel[(triton.cdiv(rows, _DELTA_ROWS) * batch * nhead,)](
         out, dout, delta if dlse is None else dlse.contiguous(), delta, out.stride(), dout.stride(), nhead, rows,
         HAS_DLSE=dlse is not None, VALUE_DIM=value_dim, BLOCK_M=_DELTA_ROWS, BLOCK_DV=call.switches.BLOCK_DV,
-        **launch.COMPILE_OPTIONS,
+        **gpu.COMPILE_OPTIONS,
     )  # fmt: skip
     return delta
 
@@ -441,7 +441,7 @@ def attention_backward(
     if reaches_far(dout):
         dout = dout.contiguous()
     dquery = dkey = dvalue = dmask = drelative = None
-    with launch.on_device_of(query):
+    with gpu.on_device_of(query):
         if needs_dquery:
             dquery = empty_in_order_of(query, query.shape[3]) if grads is None else grads[0]
             delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
@@ -454,7 +454,7 @@ def attention_backward(
                 call.strides_of_map, strides_of_list(inputs.blocks_of_query), *call.sizes,
                 HAS_DLSE=dlse is not None, BIAS_SUMS=partial is not None,
                 S=call.switches._replace(BLOCK_M=config.block_m, BLOCK_N=config.block_n),
-                num_warps=config.num_warps, num_stages=config.num_stages, **launch.COMPILE_OPTIONS,
+                num_warps=config.num_warps, num_stages=config.num_stages, **gpu.COMPILE_OPTIONS,
             )  # fmt: skip
         else:
             delta = launch_delta(dout, dlse, out, call)
@@ -473,10 +473,10 @@ def attention_backward(
                 dvalue.stride(), *call.strides_of_terms, call.strides_of_map, strides_of_list(inputs.blocks_of_key),
                 *call.sizes, *jobs, JOBS=count,
                 S=call.switches._replace(BLOCK_M=config.block_m, BLOCK_N=config.block_n),
-                num_warps=config.num_warps, num_stages=config.num_stages, **launch.COMPILE_OPTIONS,
+                num_warps=config.num_warps, num_stages=config.num_stages, **gpu.COMPILE_OPTIONS,
             )  # fmt: skip
         if needs_dmask or needs_drelative:
-            from .triton_planes import mask_gradient, relative_gradient
+            from .planes import mask_gradient, relative_gradient
 
             if needs_dmask:
                 dmask = mask_gradient(dout, statistics, delta, inputs, options)

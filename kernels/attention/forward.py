@@ -7,12 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import launch
-from ..common.triton_blocks import dropout_keep
+from ..common import device as gpu
+from ..common.blocks import dropout_keep
 from .arguments import Inputs, Options, output_dtype
-from .configs import FORWARD
-from .launching import describe, empty_in_order_of, strides_of_list
-from .triton_blocks import (
+from .blocks import (
     LN2,
     LOG2E,
     block_scores,
@@ -24,6 +22,8 @@ from .triton_blocks import (
     tile,
     visible_keys,
 )
+from .configs import FORWARD
+from .launching import describe, empty_in_order_of, strides_of_list
 
 
 @triton.jit
@@ -201,12 +201,12 @@ def attention_forward(inputs: Inputs, options: Options, return_lse: bool) -> tup
         return out, lse, statistics
     config = FORWARD.choose(query, call.switches, call.len_q)
     blocks = triton.cdiv(call.len_q, config.block_m)
-    with launch.on_device_of(query):
+    with gpu.on_device_of(query):
         attention_forward_kernel[(blocks * call.sequences * call.nhead,)](
             query, inputs.key, inputs.value, out, lse, statistics, *call.pointers, inputs.block_map,
             inputs.blocks_of_query, inputs.tiles, inputs.scales, *call.strides, out.stride(), *call.strides_of_terms,
             call.strides_of_map, strides_of_list(inputs.blocks_of_query), *call.sizes,
             RETURN_LSE=return_lse, S=call.switches._replace(BLOCK_M=config.block_m, BLOCK_N=config.block_n),
-            num_warps=config.num_warps, num_stages=config.num_stages, **launch.COMPILE_OPTIONS,
+            num_warps=config.num_warps, num_stages=config.num_stages, **gpu.COMPILE_OPTIONS,
         )  # fmt: skip
     return out, lse, statistics

@@ -8,7 +8,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from . import launch, tuned
+from . import device as gpu
+from . import tuned
 
 Key = TypeVar("Key", bound=Hashable)
 Config = TypeVar("Config", bound=NamedTuple)
@@ -22,7 +23,7 @@ class ConfigTable(Generic[Key, Config]):
     Args:
         operation: the kernel's name in the tables that `fusenc tune` writes.
         general: what serves every chip.
-        of_family: what a family of chips (`launch.family`) has of its own.
+        of_family: what a family of chips (`gpu.family`) has of its own.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class ConfigTable(Generic[Key, Config]):
             # A name that is no candidate is of a table that another version wrote.
             if measured is not None and measured in (candidates := self.candidates(key)):
                 return candidates[measured]
-        config = self._of_family.get(launch.family(x.device.index), {}).get(key) if own else None
+        config = self._of_family.get(gpu.family(x.device.index), {}).get(key) if own else None
         return config or self._general[key]
 
     def candidates(self, key: Key) -> dict[str, Config]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import launch
+from ..common import device as gpu
 
 
 @triton.jit
@@ -117,22 +117,22 @@ def rotate(
     if position_ids is not None and ids.dim() == 2 and ids.shape[0] == 1:
         ids_strides = (0, ids.stride(1))
     rest = head_size - 2 * half
-    block_h = max(16, launch.power_of_2(half))
+    block_h = max(16, gpu.power_of_2(half))
     block_m = max(1, 1024 // block_h)
     tiles = triton.cdiv(tokens, block_m)
-    splits = max(1, _PROGRAMS_PER_UNIT * launch.compute_units(query.device.index) // (batch * tiles))
+    splits = max(1, _PROGRAMS_PER_UNIT * gpu.compute_units(query.device.index) // (batch * tiles))
     heads_per_program = triton.cdiv(heads_q + heads_k, splits)
     grid = (batch * tiles, triton.cdiv(heads_q + heads_k, heads_per_program))
     k, k_out = (query, out) if key is None or key_out is None else (key, key_out)
     far = (
         max(t.stride(-1) for t in (query, k, out, k_out)) * head_size >= 2**31
     )  # from a row's first column to its last
-    with launch.on_device_of(query):
+    with gpu.on_device_of(query):
         rotary_kernel[grid](
             query, k, cos, sin, ids, out, k_out, _strides(query), _strides(k), _strides(out), _strides(k_out),
             table_strides, ids_strides, tokens, tiles, heads_q, heads_k, heads_per_program, cos.shape[0], half,
             head_size, HAS_IDS=position_ids is not None, INTERLEAVED=interleaved, INVERSE=inverse, REST=rest > 0,
-            FAR=far, BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_REST=max(16, launch.power_of_2(rest)), num_warps=4,
-            **launch.COMPILE_OPTIONS,
+            FAR=far, BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_REST=max(16, gpu.power_of_2(rest)), num_warps=4,
+            **gpu.COMPILE_OPTIONS,
         )  # fmt: skip
     return out, key_out

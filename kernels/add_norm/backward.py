@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import dropout, launch
+from ..common import device as gpu
+from ..common import dropout
+from ..common.blocks import dropout_keep, load_block
 from ..common.column_sums import ColumnSums
-from ..common.triton_blocks import dropout_keep, load_block
 from .arguments import Gradients, Options, Wanted
-from .triton_blocks import (
+from .blocks import (
     Shape,
     as_rows,
     first_chunk,
@@ -270,7 +271,7 @@ def add_norm_backward(
     parts = width > (MAX_WIDTH_WITH_X_BIAS if many else MAX_WIDTH_IN_REGISTERS)
     # A part of a wide row: 16 elements a thread.
     shape = Shape(1, 4 * warp * (16 // per_chunk), per_chunk, 4) if parts else row_shape(width, per_chunk, warp)
-    most = max(1, _WARPS_PER_UNIT // shape.num_warps) * launch.compute_units(device.index)
+    most = max(1, _WARPS_PER_UNIT // shape.num_warps) * gpu.compute_units(device.index)
     column_blocks = triton.cdiv(width, shape.columns) if parts else 1
     rows_per_program = triton.cdiv(triton.cdiv(rows * column_blocks, most), shape.block_m) * shape.block_m
     rows_per_program = max(_LEAST_ROWS, rows_per_program)
@@ -291,19 +292,19 @@ def add_norm_backward(
     mean_g = statistics(x, rows) if parts and not options.rms else None
     mean_gx = statistics(x, rows) if parts else None
     need_dz = dz is not None or dx is not None or wanted.x_bias is not None
-    with launch.on_device_of(x):
+    with gpu.on_device_of(x):
         if parts and need_dz:
             add_norm_row_means_kernel[(rows,)](
                 flat_do, flat_x, flat_r, weight, x_bias, mean, rstd, seed, mean_g, mean_gx,
                 units[0], units[2], units[3], width // unit, *numbers, **switches, EVEN=width % _WIDE_BLOCK == 0,
-                BLOCK_N=_WIDE_BLOCK, num_warps=_WIDE_WARPS * 32 // warp, **launch.COMPILE_OPTIONS,
+                BLOCK_N=_WIDE_BLOCK, num_warps=_WIDE_WARPS * 32 // warp, **gpu.COMPILE_OPTIONS,
             )  # fmt: skip
         if need_dz or any(partial is not None for partial in partials):
             add_norm_backward_kernel[(programs, column_blocks)](
                 flat_do, flat_ds, flat_x, flat_r, weight, x_bias, mean, rstd, seed, mean_g, mean_gx, dx, dz, *partials,
                 *units, rows, width // unit, rows_per_program, *numbers, **switches,
                 EVEN=width % shape.columns == 0, CHUNKS=shape.chunks, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
-                num_warps=shape.num_warps, **launch.COMPILE_OPTIONS,
+                num_warps=shape.num_warps, **gpu.COMPILE_OPTIONS,
             )  # fmt: skip
     summed = (
         None if partial is None or dtype is None else sums.add(partial, dtype)

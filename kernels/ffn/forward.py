@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import dropout, launch
-from ..common.triton_blocks import dropout_keep
+from ..common import device as gpu
+from ..common import dropout
+from ..common.blocks import dropout_keep
 from . import configs
+from .blocks import activation_and_slope, column_parts, product_block, tile_position
 from .eager import as_matrix
-from .triton_blocks import activation_and_slope, column_parts, product_block, tile_position
 
 
 @triton.jit
@@ -158,7 +159,7 @@ def _launch_product(
     assert any_out is not None
     config = configs.FORWARD.choose(x, gated, columns)
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)
-    with launch.on_device_of(x):
+    with gpu.on_device_of(x):
         linear_act_kernel[grid](
             x, weight, any_out if bias is None else bias.contiguous(), any_out if residual is None else residual,
             any_out if seed is None else seed, any_out, any_out if hidden is None else hidden,
@@ -167,10 +168,10 @@ def _launch_product(
             ACTIVATION=activation, GATED=gated, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
             DROPOUT=seed is not None, STORE_HIDDEN=hidden is not None, STORE_OUT=out is not None,
             EVEN_N=columns % config.block_n == 0, EVEN_K=inner % config.block_k == 0,
-            INPUT_PRECISION=launch.input_precision(x),
+            INPUT_PRECISION=gpu.input_precision(x),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=configs.GROUP_M,
             HALVINGS=config.halvings, num_warps=config.num_warps, num_stages=config.num_stages,
-            **launch.COMPILE_OPTIONS,
+            **gpu.COMPILE_OPTIONS,
         )  # fmt: skip
 
 
@@ -195,12 +196,12 @@ def linear_act_forward(
     in_place = not (store_hidden or gated)
     out = hidden if in_place else torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     block_m, block_n, num_warps = configs.pointwise_block(columns)
-    with launch.on_device_of(x):
+    with gpu.on_device_of(x):
         activation_kernel[(triton.cdiv(rows, block_m), triton.cdiv(columns, block_n))](
             hidden, hidden if seed is None else seed, out, rows, columns,
             dropout.threshold(dropout_p), dropout.keep_scale(dropout_p),
             ACTIVATION=activation, GATED=gated, DROPOUT=seed is not None, BLOCK_M=block_m, BLOCK_N=block_n,
-            num_warps=num_warps, **launch.COMPILE_OPTIONS,
+            num_warps=num_warps, **gpu.COMPILE_OPTIONS,
         )  # fmt: skip
     return out, hidden if store_hidden else None
 
@@ -237,13 +238,13 @@ def output_forward(
     product = _vendor_product(activated, weight, bias)
     out = product if dtype == product.dtype else torch.empty((rows, columns), dtype=dtype, device=product.device)
     block_m, block_n, num_warps = configs.pointwise_block(columns)
-    with launch.on_device_of(product):
+    with gpu.on_device_of(product):
         dropout_add_kernel[(triton.cdiv(rows, block_m), triton.cdiv(columns, block_n))](
             product, product if flat_r is None else flat_r, product if seed is None else seed, out,
             0 if flat_r is None else flat_r.stride(0), rows, columns,
             dropout.threshold(dropout_p), dropout.keep_scale(dropout_p),
             HAS_RESIDUAL=flat_r is not None, DROPOUT=seed is not None, BLOCK_M=block_m, BLOCK_N=block_n,
-            num_warps=num_warps, **launch.COMPILE_OPTIONS,
+            num_warps=num_warps, **gpu.COMPILE_OPTIONS,
         )  # fmt: skip
     return out
 

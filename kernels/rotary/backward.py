@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .triton_forward import rotate
+from .forward import rotate
 
 
 def rotate_back(

@@ -10,13 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import dropout, launch
+from ..common import device as gpu
+from ..common import dropout
+from ..common.blocks import dropout_keep
 from ..common.column_sums import ColumnSums
-from ..common.triton_blocks import dropout_keep
 from . import configs
+from .blocks import activation_and_slope, column_parts, product_block, tile_position
 from .eager import as_matrix
-from .triton_blocks import activation_and_slope, column_parts, product_block, tile_position
-from .triton_forward import as_rows, pre_activation
+from .forward import as_rows, pre_activation
 
 
 @triton.jit
@@ -180,7 +181,7 @@ def _walk(x: Tensor, columns: int) -> tuple[int, int, int, int, tuple[int, int]]
     rows = x.shape[0]
     block_m, block_n, num_warps = configs.pointwise_block(columns)
     across = triton.cdiv(columns, block_n)
-    most = max(1, _PROGRAMS_PER_UNIT * launch.compute_units(x.device.index) // across)
+    most = max(1, _PROGRAMS_PER_UNIT * gpu.compute_units(x.device.index) // across)
     rows_per_program = max(_LEAST_ROWS, triton.cdiv(triton.cdiv(rows, most), block_m) * block_m)
     return block_m, block_n, num_warps, rows_per_program, (triton.cdiv(rows, rows_per_program), across)
 
@@ -198,11 +199,11 @@ def output_gradient(
     partial = dropped
     if needs_dbias:
         partial = torch.empty((grid[0], columns), dtype=torch.float32, device=dout.device)
-    with launch.on_device_of(dout):
+    with gpu.on_device_of(dout):
         output_gradient_kernel[grid](
             dout, seed, dropped, partial, dout.stride(0), rows, columns, rows_per_program,
             dropout.threshold(dropout_p), dropout.keep_scale(dropout_p),
-            SUMS=needs_dbias, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **launch.COMPILE_OPTIONS,
+            SUMS=needs_dbias, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **gpu.COMPILE_OPTIONS,
         )  # fmt: skip
     return dropped, sums.add(partial, dtype) if needs_dbias else None
 
@@ -226,7 +227,7 @@ def activation_gradient(
     partial = hidden
     if needs_dbias:
         partial = torch.empty((grid[0], width), dtype=torch.float32, device=hidden.device)
-    with launch.on_device_of(hidden):
+    with gpu.on_device_of(hidden):
         activation_gradient_kernel[grid](
             hidden if flat is None else flat, hidden, hidden if seed is None else seed,
             hidden if dhidden is None else dhidden, hidden if activated is None else activated, partial,
@@ -234,7 +235,7 @@ def activation_gradient(
             dropout.threshold(dropout_p), dropout.keep_scale(dropout_p),
             ACTIVATION=activation, GATED=gated, DROPOUT=seed is not None, STORE_ACTIVATED=needs_activated,
             STORE_GRADIENT=dhidden is not None, SUMS=needs_dbias, BLOCK_M=block_m, BLOCK_N=block_n,
-            num_warps=num_warps, **launch.COMPILE_OPTIONS,
+            num_warps=num_warps, **gpu.COMPILE_OPTIONS,
         )  # fmt: skip
     return dhidden, sums.add(partial, hidden.dtype) if needs_dbias else None, activated
 
@@ -262,17 +263,17 @@ def hidden_gradient(
     partial = dhidden
     if needs_dbias:
         partial = torch.empty((blocks_m, width), dtype=torch.float32, device=dout.device)
-    with launch.on_device_of(dout):
+    with gpu.on_device_of(dout):
         hidden_gradient_kernel[(blocks_m * triton.cdiv(columns, config.block_n),)](
             dout, weight2, hidden, dhidden if seed is None else seed, dhidden,
             dhidden if activated is None else activated, partial, *dout.stride(), *weight2.stride(),
             rows, columns, inner, dropout.threshold(dropout_p), dropout.keep_scale(dropout_p),
             ACTIVATION=activation, GATED=gated, DROPOUT=seed is not None, STORE_ACTIVATED=needs_activated,
             SUMS=needs_dbias, EVEN_N=columns % config.block_n == 0, EVEN_K=inner % config.block_k == 0,
-            INPUT_PRECISION=launch.input_precision(dout),
+            INPUT_PRECISION=gpu.input_precision(dout),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=configs.GROUP_M,
             HALVINGS=config.halvings, num_warps=config.num_warps, num_stages=config.num_stages,
-            **launch.COMPILE_OPTIONS,
+            **gpu.COMPILE_OPTIONS,
         )  # fmt: skip
     return dhidden, sums.add(partial, dout.dtype) if needs_dbias else None, activated
 

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import checks, launch
-from ..common.triton_blocks import load_block
+from ..common import checks
+from ..common import device as gpu
+from ..common.blocks import load_block
 
 MAX_WIDTH = 65536
 
@@ -51,7 +52,7 @@ def row_shape(width: int, itemsize: int, lanes: int) -> Shape:
             ((n, c) for n, c in shapes if c * vector <= _ELEMENTS), key=lambda shape: (shape[0] * shape[1], shape[1])
         )
         return Shape(_WARPS * whole // block_n, block_n, chunks, _WARPS)
-    warps = min(launch.power_of_2(-(-width // (lanes * _ELEMENTS))), _MOST_WARPS * 32 // lanes)
+    warps = min(gpu.power_of_2(-(-width // (lanes * _ELEMENTS))), _MOST_WARPS * 32 // lanes)
     num_warps = max(warps, _WARPS)
     block_n = whole * warps
     return Shape(num_warps // warps, block_n, -(-width // block_n), num_warps)
@@ -59,7 +60,7 @@ def row_shape(width: int, itemsize: int, lanes: int) -> Shape:
 
 def lanes(device_index: int | None) -> int:
     """Threads of a warp."""
-    return 64 if launch.architecture(device_index).startswith("gfx9") else 32
+    return 64 if gpu.architecture(device_index).startswith("gfx9") else 32
 
 
 def as_rows(x: Tensor) -> Tensor:

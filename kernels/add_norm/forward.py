@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import dropout, launch
-from ..common.triton_blocks import dropout_keep
+from ..common import device as gpu
+from ..common import dropout
+from ..common.blocks import dropout_keep
 from .arguments import Options, sum_dtype
-from .triton_blocks import (
+from .blocks import (
     as_rows,
     check_width,
     first_chunk,
@@ -223,20 +224,20 @@ def add_norm_forward(
     switches = {
         "RMS": options.rms, "ZERO_CENTERED": options.zero_centered, "FLOAT32_SUM": options.float32_sum, "UNIT": unit,
     }  # fmt: skip
-    with launch.on_device_of(x):
+    with gpu.on_device_of(x):
         plain = seed is None and x_bias is None
         if width > (MAX_WIDTH_IN_REGISTERS if plain else MAX_WIDTH_WITH_DROPOUT):
             add_norm_wide_forward_kernel[(rows,)](
                 *tensors, *sizes, *numbers, **switches, EVEN=width % _WIDE_BLOCK == 0, BLOCK_N=_WIDE_BLOCK,
-                num_warps=_WIDE_WARPS * 32 // lanes(x.device.index), **launch.COMPILE_OPTIONS,
+                num_warps=_WIDE_WARPS * 32 // lanes(x.device.index), **gpu.COMPILE_OPTIONS,
             )  # fmt: skip
             return out, total, mean, rstd
         shape = row_shape(width, smallest_item(flat_x, flat_r), lanes(x.device.index))
-        most = _PROGRAMS_PER_UNIT * launch.compute_units(x.device.index)
+        most = _PROGRAMS_PER_UNIT * gpu.compute_units(x.device.index)
         rows_per_program = triton.cdiv(triton.cdiv(rows, most), shape.block_m) * shape.block_m
         add_norm_forward_kernel[(triton.cdiv(rows, rows_per_program),)](
             *tensors, *sizes, rows_per_program, *numbers, **switches, EVEN=width == shape.columns,
             CHUNKS=shape.chunks, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, num_warps=shape.num_warps,
-            **launch.COMPILE_OPTIONS,
+            **gpu.COMPILE_OPTIONS,
         )  # fmt: skip
     return out, total, mean, rstd

@@ -10,12 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import launch
-from ..common.triton_blocks import dropout_keep
+from ..common import device as gpu
+from ..common.blocks import dropout_keep
 from .arguments import Inputs, Options
-from .configs import PLANES
-from .launching import describe
-from .triton_blocks import (
+from .blocks import (
     block_probabilities,
     block_scores,
     both_sequences,
@@ -25,6 +23,8 @@ from .triton_blocks import (
     terms_of,
     tile,
 )
+from .configs import PLANES
+from .launching import describe
 
 
 @triton.jit
@@ -262,7 +262,7 @@ def _launch_plane(
     sum_rows, sum_columns = rows == 1 and row_count > 1, columns == 1 and options.max_len_k > 1
     blocks_m = 1 if sum_rows else triton.cdiv(row_count, config.block_m)
     blocks_n = 1 if sum_columns else triton.cdiv(options.max_len_k, config.block_n)
-    with launch.on_device_of(inputs.query):
+    with gpu.on_device_of(inputs.query):
         attention_plane_kernel[(batch * nhead * blocks_m * blocks_n,)](
             inputs.query, inputs.key, inputs.value, dout, statistics, delta, out, *call.pointers,
             inputs.block_map, inputs.tiles, *call.strides, (0, 0, 0, 0) if dout is None else dout.stride(),
@@ -270,7 +270,7 @@ def _launch_plane(
             (call.sequences, batch, nhead, first_row, row_count), factor,
             WEIGHTS=dout is None, SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns,
             S=call.switches._replace(BLOCK_M=config.block_m, BLOCK_N=config.block_n),
-            num_warps=config.num_warps, num_stages=config.num_stages, **launch.COMPILE_OPTIONS,
+            num_warps=config.num_warps, num_stages=config.num_stages, **gpu.COMPILE_OPTIONS,
         )  # fmt: skip
 
 
@@ -285,13 +285,13 @@ def relative_gradient(dout: Tensor, statistics: Tensor, delta: Tensor, inputs: I
     call = describe(inputs, options)
     reach = max(options.max_len_q, options.max_len_k) - 1  # no distance is larger
     out = torch.empty((call.nhead, 2 * reach + 1), dtype=torch.float32, device=bias.device)
-    with launch.on_device_of(inputs.query):
+    with gpu.on_device_of(inputs.query):
         attention_diagonals_kernel[(call.nhead * triton.cdiv(2 * reach + 1, _DIAGONALS),)](
             inputs.query, inputs.key, inputs.value, dout, statistics, delta, out, *call.pointers,
             inputs.block_map, inputs.tiles, *call.strides, dout.stride(),
             *call.strides_of_terms, call.strides_of_map, *call.sizes, call.sequences, reach,
             BLOCK_T=_DIAGONALS, S=call.switches._replace(BLOCK_M=16, BLOCK_N=64),
-            num_warps=4, num_stages=1, **launch.COMPILE_OPTIONS,
+            num_warps=4, num_stages=1, **gpu.COMPILE_OPTIONS,
         )  # fmt: skip
     table = bias.shape[1] // 2
     if table < reach:  # distances past the table's ends count for its ends

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import checks, dropout, launch
-from ..common.triton_blocks import dropout_keep
-from .eager import Options, Tables
-from .triton_blocks import (
+from ..common import checks, dropout
+from ..common import device as gpu
+from ..common.blocks import dropout_keep
+from .blocks import (
     MAX_WIDTH,
     grid,
     held_rows,
@@ -22,6 +22,7 @@ from .triton_blocks import (
     tiling,
     tokens_of,
 )
+from .eager import Options, Tables
 
 
 @triton.jit(do_not_specialize=["rows", "length", "parts", "parts_per_program", "tiles", "positions"])
@@ -121,7 +122,7 @@ def embed_norm_forward(
     tile = tiling(width)
     share = grid(tables, tile, _PROGRAMS_PER_UNIT)
     pointers, counts, switches = lookup_arguments(tables, tile, out)
-    with launch.on_device_of(word):
+    with gpu.on_device_of(word):
         embed_norm_forward_kernel[(share.programs,)](
             *pointers, *(out if t is None else t.contiguous() for t in (tables.norm_weight, tables.norm_bias)),
             out if tables.seed is None else tables.seed, out, out if mean is None else mean,
@@ -129,6 +130,6 @@ def embed_norm_forward(
             dropout.threshold(options.dropout_p), dropout.keep_scale(options.dropout_p), **switches,
             HAS_WEIGHT=tables.norm_weight is not None, HAS_BIAS=tables.norm_bias is not None,
             DROPOUT=tables.seed is not None, RMS=options.rms, STORE_STATISTICS=store_statistics, HELD=tile.held,
-            num_warps=tile.num_warps, **launch.COMPILE_OPTIONS,
+            num_warps=tile.num_warps, **gpu.COMPILE_OPTIONS,
         )  # fmt: skip
     return out, mean, rstd

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import launch
+from ..common import device as gpu
 from .eager import Tables
 
 
@@ -118,7 +118,7 @@ class Tiling(NamedTuple):
 def tiling(width: int) -> Tiling:
     """The fewest columns beyond `width`, of these the fewest chunks; a thread has 8 neighbouring elements of a chunk,
     which are 16 bytes in half precision, as long as that leaves it no more than 32 of a row."""
-    sizes = [max(16, launch.power_of_2(width)) >> shift for shift in range(4)]
+    sizes = [max(16, gpu.power_of_2(width)) >> shift for shift in range(4)]
     chunk = min((c for c in sizes if c >= 16), key=lambda c: (-(-width // c) * c, -c))
     chunks = -(-width // chunk)
     num_warps = max(4, min(chunk // 256, 16)) * (2 if chunks > 2 else 1)
@@ -146,7 +146,7 @@ class Grid(NamedTuple):
 def grid(tables: Tables, tile: Tiling, programs_per_unit: int) -> Grid:
     """About `programs_per_unit` programs for each of the GPU's units, or fewer where there are few tokens."""
     rows, length = tables.ids.numel(), tables.ids.shape[-1]
-    most = programs_per_unit * launch.compute_units(tables.word.device.index)
+    most = programs_per_unit * gpu.compute_units(tables.word.device.index)
     if tables.position is None or tables.position_ids is not None:
         length = min(most * tile.block_m, rows)
     parts, tiles = -(-rows // length), -(-length // tile.block_m)

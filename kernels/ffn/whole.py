@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import launch
-from .triton_blocks import activation_and_slope
+from ..common import device as gpu
+from .blocks import activation_and_slope
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -87,7 +87,7 @@ def serves(x: Tensor, weight1: Tensor, weight2: Tensor, architecture: str) -> bo
         config is not None and x.element_size() == 2 and weight2.shape[0] == d_model
         and d_hidden % config.block_n == 0 and d_hidden >= 4 * d_model
         and weight1.stride(1) == weight2.stride(1) == 1
-        and _fill(x.numel() // d_model, config, launch.compute_units(x.device.index)) >= _LEAST_FILL
+        and _fill(x.numel() // d_model, config, gpu.compute_units(x.device.index)) >= _LEAST_FILL
     )  # fmt: skip
 
 
@@ -103,14 +103,14 @@ def whole_ffn(
     """Launch the kernel on arguments that `serves` is true of; `x` and `residual` are ``[..., d_model]``."""
     d_hidden, d_model = weight1.shape
     if config is None:
-        config = CONFIGS[launch.architecture(x.device.index), d_model]
+        config = CONFIGS[gpu.architecture(x.device.index), d_model]
     flat = _rows(x)
     rows = flat.shape[0]
     out = torch.empty((rows, d_model), dtype=x.dtype, device=x.device)
     if rows == 0:
         return out.view(x.shape)
     added = out if residual is None else _rows(residual)
-    with launch.on_device_of(x):
+    with gpu.on_device_of(x):
         whole_ffn_kernel[(triton.cdiv(rows, config.block_m),)](
             flat, weight1, out if bias1 is None else bias1.contiguous(), weight2,
             out if bias2 is None else bias2.contiguous(), added, out,
@@ -118,7 +118,7 @@ def whole_ffn(
             ACTIVATION=activation, HAS_BIAS1=bias1 is not None, HAS_BIAS2=bias2 is not None,
             HAS_RESIDUAL=residual is not None, CHUNKS=d_model // config.block_d, BLOCK_D=config.block_d,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            num_warps=config.num_warps, num_stages=config.num_stages, **launch.COMPILE_OPTIONS,
+            num_warps=config.num_warps, num_stages=config.num_stages, **gpu.COMPILE_OPTIONS,
         )  # fmt: skip
     return out.view(x.shape)
 
