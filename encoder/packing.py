@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .kernels import attention, attention_varlen
-from .kernels.attention.api import checked_starts
+from .kernels.attention.eager import require_starts
+from .kernels.attention.op import check_starts
 from .kernels.common import checks
 
 __all__ = ["PackedTokens", "pack", "unpack"]
@@ -142,10 +143,12 @@ class PackedTokens:
             if isinstance(starts, Tensor) and starts.dim() == 1 and starts.shape[0] > 1:
                 host = starts.cpu()  # whoever waits for the longest sequence may as well look at all
                 longest = max(0, int(host.diff().max()))
-                checked_starts("cu_seqlens", host, total, "max_length", longest, host)
+                require_starts("cu_seqlens", host, total, "max_length", longest)
             object.__setattr__(self, "max_length", longest)
-        starts = checked_starts("cu_seqlens", starts, total, "max_length", self.max_length, self.data)
-        object.__setattr__(self, "cu_seqlens", starts)
+        check_starts("cu_seqlens", starts, "max_length", self.max_length, self.data)
+        if not torch.compiler.is_compiling():
+            require_starts("cu_seqlens", starts, total, "max_length", self.max_length)  # type: ignore[arg-type]
+        object.__setattr__(self, "cu_seqlens", starts.int())
 
     @classmethod
     def _of(cls, data: Tensor, cu_seqlens: Tensor, max_length: int, padding: PaddedPacking | None) -> PackedTokens:

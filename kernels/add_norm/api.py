@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NoReturn, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from ..common import backend, checks, dropout
-from . import eager, op
-from .arguments import Options, sum_is_input
-
-NORMS = ("layer", "rms")
-_HALF = frozenset({torch.float16, torch.bfloat16})
+from ..common import backend
+from .op import ADD_NORM
 
 
 @overload
@@ -95,106 +90,11 @@ def add_norm(
         >>> fusenc.kernels.add_norm(x, residual, torch.ones(16), torch.zeros(16)).shape
         torch.Size([2, 4, 16])
     """
-    compiling = torch.compiler.is_compiling()
-    if dropout_p == 0.0 and x_bias is None and norm == "layer" and not (
-        compiling or recompute or residual_in_fp32 or zero_centered_weight
-    ):  # fmt: skip
-        plain = eager.plain(x, residual, weight, bias, eps)
-        if plain is not None:
-            return plain if return_sum else plain[0]
-    try:
-        if backend.autocast_enabled(x):
-            x, residual, weight, bias, x_bias = (_as_float32(t) for t in (x, residual, weight, bias, x_bias))  # type: ignore[assignment]
-        shape, dtype, device = x.shape, x.dtype, x.device
-        width = shape[-1:]
-        half = dtype in _HALF
-        wrong = (
-            (residual is not None
-             and ((checks.differ(residual.shape, shape) if compiling else residual.shape != shape)
-                  or (residual.dtype is not dtype and not (half and residual.dtype is torch.float32))
-                  or residual.device != device))
-            or (weight is not None
-                and (weight.shape != width or weight.device != device
-                     or (weight.dtype is not dtype and not (half and weight.dtype is torch.float32))))
-            or (bias is not None
-                and (bias.shape != width or bias.device != device
-                     or (bias.dtype is not dtype and not (half and bias.dtype is torch.float32))))
-            or (x_bias is not None
-                and (x_bias.shape != width or x_bias.device != device
-                     or (x_bias.dtype is not dtype and not (half and x_bias.dtype is torch.float32))))
-            or width[0] == 0 or dtype not in checks.DTYPES or norm not in NORMS
-            or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0
-            or not isinstance(eps, (int, float)) or not eps >= 0.0
-        )  # fmt: skip
-    except (AttributeError, TypeError, IndexError):
-        _explain(x, residual, weight, bias, x_bias, norm, eps, dropout_p)
-    if wrong:
-        _explain(x, residual, weight, bias, x_bias, norm, eps, dropout_p)
-    seed = dropout.new_seed(x) if dropout_p > 0.0 and training else None
-
-    kernels = backend.use_triton(x)
-    float32_sum = half and (residual_in_fp32 or (residual is not None and residual.dtype is torch.float32))
-    options = Options(dropout_p, eps, norm == "rms", zero_centered_weight, float32_sum)
-    tensors = (x, residual, weight, bias, x_bias)
-    total: Tensor | None
-    if compiling:
-        save = _needs_gradients(tensors)
-        out, total, _, _ = op.add_norm_operator(*tensors, seed, *options, return_sum, save, recompute)
-    elif not kernels:
-        if recompute and _needs_gradients(tensors):
-            out, total = checkpoint(
-                eager.add_norm, *tensors, seed, options, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            out, total = eager.add_norm(*tensors, seed, options)
-        return (out, total) if return_sum else out
-    elif _needs_gradients(tensors):
-        out, total = op.AddNorm.apply(*tensors, seed, options, return_sum, recompute)
-    else:
-        store_sum = return_sum and not sum_is_input(residual, x_bias, seed)
-        out, total, _, _ = op.forward(*tensors, seed, options, store_sum, False)
+    options = (norm, eps, dropout_p, training, return_sum, zero_centered_weight, residual_in_fp32, recompute)
+    out, total = ADD_NORM((x, residual, weight, bias, x_bias), options)[:2]
     if not return_sum:
         return out
-    if sum_is_input(residual, x_bias, seed):
-        return out, x.float() if float32_sum else x
-    assert total is not None
+    if residual is None and x_bias is None and not (training and dropout_p > 0.0):
+        wide = x.dtype != torch.float64 and (residual_in_fp32 or backend.autocast_enabled(x))
+        return out, x.float() if wide else x
     return out, total
-
-
-def _needs_gradients(tensors: tuple[Tensor | None, ...]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _as_float32(t: Tensor | None) -> Tensor | None:
-    return t.float() if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-
-
-def _explain(
-    x: Any, residual: Any, weight: Any, bias: Any, x_bias: Any, norm: Any, eps: Any, dropout_p: Any
-) -> NoReturn:
-    checks.dropout_probability(dropout_p)
-    if not isinstance(norm, str) or norm not in NORMS:
-        checks.fail_value("norm", f"one of {', '.join(NORMS)}", norm)
-    if not isinstance(eps, (int, float)) or not eps >= 0.0:
-        checks.fail_value("eps", "a number that is not negative", eps)
-    checks.floating_tensor("x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        checks.fail_value("x", "a last dimension of at least 1", x)
-    if residual is not None:
-        _check_kind("residual", residual, x)
-        if residual.shape != x.shape:
-            checks.fail_value("residual", f"shape {list(x.shape)}, that of x", residual)
-    for name, value in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
-        if value is not None:
-            _check_kind(name, value, x)
-            if value.shape != x.shape[-1:]:
-                checks.fail_value(name, f"shape [{x.shape[-1]}], the last dimension of x", value)
-    checks.fail_type("x", "a floating tensor", x)
-
-
-def _check_kind(name: str, value: Any, x: Tensor) -> None:
-    checks.floating_tensor(name, value)
-    if x.dtype not in _HALF or value.dtype != torch.float32:
-        checks.same_kind(name, value, "x", x)
-    if value.device != x.device:
-        checks.fail_value(name, f"device {x.device}, that of x", value)

@@ -1,4 +1,4 @@
-"""What one add_norm call is made of besides its tensors, in the one form that every path takes."""
+"""What one add_norm call is made of, in the one form that every path takes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Tensors(NamedTuple):
+    """The tensors of a call. None where it has none."""
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    x_bias: Tensor | None
+    seed: Tensor | None = None
+    """Key of the dropout, int64 ``[1]``."""
 
 
 class Options(NamedTuple):
@@ -19,20 +31,28 @@ class Options(NamedTuple):
     """The weight counts as 1 + weight."""
     float32_sum: bool = False
     """The sum is float32 beside a half-precision `x`."""
+    float32_residual: bool = False
+    """The residual is float32 beside a half-precision `x`."""
+    return_sum: bool = False
+    recompute: bool = False
+    """The backward pass forms the sum again."""
+    dtype: torch.dtype = torch.float32
+    """Of `x`."""
 
 
-class Wanted(NamedTuple):
-    """The gradients to compute: the dtype of each, None for those that nobody needs."""
+class Saved(NamedTuple):
+    """What the backward pass is given."""
 
-    x: torch.dtype | None = None
-    residual: torch.dtype | None = None
-    weight: torch.dtype | None = None
-    bias: torch.dtype | None = None
-    x_bias: torch.dtype | None = None
-
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""Of x, residual, weight, bias and x_bias."""
+    x: Tensor
+    """The sum, or if it is formed again, `x`."""
+    residual: Tensor | None
+    """Only if the sum is formed again."""
+    weight: Tensor | None
+    bias: Tensor | None
+    x_bias: Tensor | None
+    statistics: Tensor
+    """float32: the reciprocal deviation of each row, then (of LayerNorm) the mean of each."""
+    seed: Tensor | None
 
 
 def sum_dtype(x: Tensor, options: Options) -> torch.dtype:
@@ -40,6 +60,11 @@ def sum_dtype(x: Tensor, options: Options) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32) if options.float32_sum else x.dtype
 
 
-def sum_is_input(residual: Tensor | None, x_bias: Tensor | None, seed: Tensor | None) -> bool:
+def sum_is_input(tensors: Tensors) -> bool:
     """True where nothing is added to `x` or dropped from it, so that it need not be stored again."""
-    return residual is None and x_bias is None and seed is None
+    return tensors.residual is None and tensors.x_bias is None and tensors.seed is None
+
+
+def stores_sum(tensors: Tensors, options: Options, needs: tuple[bool, ...]) -> bool:
+    """True if the forward pass writes the sum, for the caller or for the backward pass."""
+    return (options.return_sum or (len(needs) > 0 and not options.recompute)) and not sum_is_input(tensors)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -10,19 +12,17 @@ from torch import Tensor
 from ..common import device as gpu
 from ..common import dropout
 from ..common.blocks import dropout_keep, load_block
-from ..common.column_sums import ColumnSums
-from .arguments import Gradients, Options, Wanted
+from ..common.column_sums import Job
+from ..common.plan import as_rows, launch, row_stride
+from .arguments import Options, Saved
 from .blocks import (
     Shape,
-    as_rows,
     first_chunk,
-    lanes,
     load_columns,
     load_sum,
     load_weight,
     row_shape,
     smallest_item,
-    statistics,
     store_block,
     unit_of,
 )
@@ -30,27 +30,30 @@ from .blocks import (
 
 @triton.jit(do_not_specialize=["stride_do", "stride_ds", "stride_x", "stride_r", "rows", "width", "rows_per_program"])
 def add_norm_backward_kernel(
-    dout_ptr, dsum_ptr, x_ptr, residual_ptr, weight_ptr, x_bias_ptr, mean_ptr, rstd_ptr, seed_ptr, g_ptr, gx_ptr,
-    dx_ptr, dz_ptr, dweight_ptr, dbias_ptr, dx_bias_ptr,
-    stride_do, stride_ds, stride_x, stride_r, rows, width, rows_per_program, dropout_threshold, keep_scale,
+    dout_ptr, dsum_ptr, x_ptr, residual_ptr, weight_ptr, x_bias_ptr, statistics_ptr, seed_ptr, means_ptr,
+    dx_ptr, dz_ptr, partial_ptr,
+    rows, rows_per_program, stride_do, stride_ds, stride_x, stride_r, width, dropout_threshold, keep_scale,
     RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, FLOAT32_SUM: tl.constexpr, RECOMPUTE: tl.constexpr,
-    UNIT: tl.constexpr, EVEN: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr, EVEN: tl.constexpr, DWEIGHT: tl.constexpr, DBIAS: tl.constexpr, DX_BIAS: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # One program walks over rows_per_program neighbouring rows, BLOCK_M at a time, each CHUNKS pieces of BLOCK_N
     # columns in registers. It reads dout and the saved sum z once (with RECOMPUTE x and residual, and forms z again),
     # writes the gradients of residual (dz) and x, and keeps its share of the parameters' gradients in registers until
-    # the end, when it writes it as one row of each partial matrix: nothing is shared between programs. Pointers that
+    # the end, when it writes them as one row of the partial matrix: nothing is shared between programs. Pointers that
     # are None are not there, and what only they need is not computed; `width` and strides are in units of UNIT.
     #   xhat = (z - mean) * rstd    g = dout * weight
     #   dz = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum      dx = dropout(dz)
     #   dweight = sum over rows of dout * xhat      dbias = sum over rows of dout     (Ba et al., 2016)
     #   dx_bias = sum over rows of dx.   RMSNorm: mean = 0 and no mean(g)     (Zhang and Sennrich, 2019)
-    # Where `gx_ptr` is given the means over a row are known, and a program takes only a part of the columns.
+    # Where `means_ptr` is given, mean(g * xhat) and mean(g) of each row are known, and a program takes only a part of
+    # the columns.
     width = width * UNIT
-    PARTS: tl.constexpr = gx_ptr is not None
-    NEED_DZ: tl.constexpr = dz_ptr is not None or dx_ptr is not None or dx_bias_ptr is not None
-    NEED_XHAT: tl.constexpr = NEED_DZ or dweight_ptr is not None
+    PARTS: tl.constexpr = means_ptr is not None
+    NEED_DZ: tl.constexpr = dz_ptr is not None or dx_ptr is not None or DX_BIAS
+    NEED_XHAT: tl.constexpr = NEED_DZ or DWEIGHT
     ROWS: tl.constexpr = BLOCK_M > 1
+    SUMS: tl.constexpr = DWEIGHT + DBIAS + DX_BIAS
     program = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * (CHUNKS * BLOCK_N)
     weights, x_biases, column_oks, dweights, dbiases, dx_biases = (), (), (), (), (), ()
@@ -75,9 +78,9 @@ def add_norm_backward_kernel(
         row_ok = offs_m < last
         inside = row_ok[:, None]
         if NEED_XHAT:
-            rstd = tl.load(rstd_ptr + offs_m, mask=row_ok, other=0.0)[:, None]
+            rstd = tl.load(statistics_ptr + offs_m, mask=row_ok, other=0.0)[:, None]
             if not RMS:
-                shift = -tl.load(mean_ptr + offs_m, mask=row_ok, other=0.0)[:, None] * rstd
+                shift = -tl.load(statistics_ptr + rows + offs_m, mask=row_ok, other=0.0)[:, None] * rstd
         sum_g, sum_gx = None, None
         keeps, xhats, gs, new_dweights, new_dbiases, new_dx_biases = (), (), (), (), (), ()
         for i in tl.static_range(CHUNKS):
@@ -115,9 +118,9 @@ def add_norm_backward_kernel(
                     xhat = xhat * rstd + shift
                 xhats = xhats + (xhat,)
             # Outside the row dout is 0, and so is all that is summed.
-            if dweight_ptr is not None:
+            if DWEIGHT:
                 new_dweights = new_dweights + (dweights[i] + dout * xhat,)
-            if dbias_ptr is not None:
+            if DBIAS:
                 new_dbiases = new_dbiases + (dbiases[i] + dout,)
             if weight_ptr is not None:
                 dout *= weights[i]
@@ -126,19 +129,19 @@ def add_norm_backward_kernel(
                 sum_gx = dout * xhat if i == 0 else sum_gx + dout * xhat
                 if not RMS:
                     sum_g = dout if i == 0 else sum_g + dout
-        if dweight_ptr is not None:
+        if DWEIGHT:
             dweights = new_dweights
-        if dbias_ptr is not None:
+        if DBIAS:
             dbiases = new_dbiases
         if NEED_DZ:
             # The factors of xhat and 1 in dz, so that an element costs two multiply-adds.
             if PARTS:
-                minus_gx = -tl.load(gx_ptr + offs_m, mask=row_ok, other=0.0)[:, None] * rstd
+                minus_gx = -tl.load(means_ptr + offs_m, mask=row_ok, other=0.0)[:, None] * rstd
             else:
                 minus_gx = -rstd * (tl.sum(sum_gx, 1)[:, None] / width)
             if not RMS:
                 if PARTS:
-                    minus_g = -tl.load(g_ptr + offs_m, mask=row_ok, other=0.0)[:, None] * rstd
+                    minus_g = -tl.load(means_ptr + rows + offs_m, mask=row_ok, other=0.0)[:, None] * rstd
                 else:
                     minus_g = -rstd * (tl.sum(sum_g, 1)[:, None] / width)
             for i in tl.static_range(CHUNKS):
@@ -155,7 +158,7 @@ def add_norm_backward_kernel(
                 if dz_ptr is not None:
                     ptrs = first_chunk(dz_ptr, offs_m, width, 1, BLOCK_N) + offset
                     store_block(ptrs, dz, inside, column_oks[i], ROWS, not EVEN and (PARTS or i == CHUNKS - 1))
-                if dx_ptr is not None or dx_bias_ptr is not None:
+                if dx_ptr is not None or DX_BIAS:
                     if seed_ptr is not None:
                         if RECOMPUTE:
                             keep = keeps[i]
@@ -165,35 +168,40 @@ def add_norm_backward_kernel(
                     if dx_ptr is not None:
                         ptrs = first_chunk(dx_ptr, offs_m, width, 1, BLOCK_N) + offset
                         store_block(ptrs, dz, inside, column_oks[i], ROWS, not EVEN and (PARTS or i == CHUNKS - 1))
-                    if dx_bias_ptr is not None:
+                    if DX_BIAS:
                         # Beyond the last row rstd is 0, so that nothing is added.
                         new_dx_biases = new_dx_biases + (dx_biases[i] + dz,)
-            if dx_bias_ptr is not None:
+            if DX_BIAS:
                 dx_biases = new_dx_biases
     for i in tl.static_range(CHUNKS):
         offset = column + i * BLOCK_N
-        if dweight_ptr is not None:
+        if DWEIGHT:
             store_share(
-                dweight_ptr, program, offset, width, dweights[i], not EVEN and (PARTS or i == CHUNKS - 1), BLOCK_N
-            )
-        if dbias_ptr is not None:
-            store_share(dbias_ptr, program, offset, width, dbiases[i], not EVEN and (PARTS or i == CHUNKS - 1), BLOCK_N)
-        if dx_bias_ptr is not None:
+                partial_ptr, program * SUMS, offset, width, dweights[i],
+                not EVEN and (PARTS or i == CHUNKS - 1), BLOCK_N,
+            )  # fmt: skip
+        if DBIAS:
             store_share(
-                dx_bias_ptr, program, offset, width, dx_biases[i], not EVEN and (PARTS or i == CHUNKS - 1), BLOCK_N
-            )
+                partial_ptr, program * SUMS + DWEIGHT, offset, width, dbiases[i],
+                not EVEN and (PARTS or i == CHUNKS - 1), BLOCK_N,
+            )  # fmt: skip
+        if DX_BIAS:
+            store_share(
+                partial_ptr, program * SUMS + DWEIGHT + DBIAS, offset, width, dx_biases[i],
+                not EVEN and (PARTS or i == CHUNKS - 1), BLOCK_N,
+            )  # fmt: skip
 
 
 @triton.jit
-def store_share(ptr, program, first_column, width, share, CHECK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A piece of a program's row of a partial matrix."""
+def store_share(ptr, row, first_column, width, share, CHECK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A piece of a row of the partial matrix, which has a row for each sum of a program."""
     offs_n = first_column + tl.arange(0, BLOCK_N)
-    store_block(ptr + program * width + offs_n, tl.sum(share, 0), True, offs_n < width, False, CHECK)
+    store_block(ptr + row * width + offs_n, tl.sum(share, 0), True, offs_n < width, False, CHECK)
 
 
-@triton.jit(do_not_specialize=["stride_do", "stride_x", "stride_r", "width"])
+@triton.jit(do_not_specialize=["stride_do", "stride_x", "stride_r", "rows", "width"])
 def add_norm_row_means_kernel(
-    dout_ptr, x_ptr, residual_ptr, weight_ptr, x_bias_ptr, mean_ptr, rstd_ptr, seed_ptr, g_ptr, gx_ptr,
+    dout_ptr, x_ptr, residual_ptr, weight_ptr, x_bias_ptr, statistics_ptr, seed_ptr, means_ptr, rows,
     stride_do, stride_x, stride_r, width, dropout_threshold, keep_scale,
     RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, FLOAT32_SUM: tl.constexpr, RECOMPUTE: tl.constexpr,
     UNIT: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -203,9 +211,9 @@ def add_norm_row_means_kernel(
     width = width * UNIT
     offs_m = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     columns = tl.arange(0, BLOCK_N)[None, :]
-    rstd = tl.load(rstd_ptr + offs_m)[:, None]
+    rstd = tl.load(statistics_ptr + offs_m)[:, None]
     if not RMS:
-        mean = tl.load(mean_ptr + offs_m)[:, None]
+        mean = tl.load(statistics_ptr + rows + offs_m)[:, None]
     sum_g = tl.zeros((1, BLOCK_N), tl.float32)
     sum_gx = tl.zeros((1, BLOCK_N), tl.float32)
     for start in range(0, width, BLOCK_N):
@@ -230,9 +238,9 @@ def add_norm_row_means_kernel(
             xhat -= mean
             sum_g += g
         sum_gx += g * (xhat * rstd)
-    tl.store(gx_ptr + offs_m, tl.sum(sum_gx, 1) / width)
+    tl.store(means_ptr + offs_m, tl.sum(sum_gx, 1) / width)
     if not RMS:
-        tl.store(g_ptr + offs_m, tl.sum(sum_g, 1) / width)
+        tl.store(means_ptr + rows + offs_m, tl.sum(sum_g, 1) / width)
 
 
 # Beyond it a row, its parameters and their gradients do not fit into registers; sooner with more of them.
@@ -244,70 +252,87 @@ _LEAST_ROWS = 16
 _WARPS_PER_UNIT = 16
 
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Of x, residual, weight, bias and x_bias."""
+
+
 def add_norm_backward(
-    dout: Tensor, dsum: Tensor | None, x: Tensor, residual: Tensor | None, x_bias: Tensor | None,
-    weight: Tensor | None, mean: Tensor | None, rstd: Tensor, seed: Tensor | None, options: Options, recompute: bool,
-    wanted: Wanted, sums: ColumnSums,
-) -> Gradients:  # fmt: skip
-    """Launch the pass over the rows: dx, dresidual (dx itself without dropout and in one dtype), dweight, dbias and
-    dx_bias, the last three filled when `sums` is launched. `x` is the saved sum, `residual` and `x_bias` None; with
-    `recompute` they are what the sum is formed of again."""
-    flat_do, flat_x = as_rows(dout), as_rows(x)
-    flat_ds, flat_r = (None if t is None else as_rows(t) for t in (dsum, residual))
-    rows, width = flat_x.shape
-    device = x.device
-    shared = seed is None and wanted.x == wanted.residual
-    dz, dx = (
-        None if dtype is None else torch.empty(x.shape, dtype=dtype, device=device)
-        for dtype in (wanted.residual, None if shared else wanted.x)
-    )  # fmt: skip
-    dtypes = (wanted.weight, wanted.bias, wanted.x_bias)
-    if dout.numel() == 0:
-        zeros = (None if dtype is None else torch.zeros(width, dtype=dtype, device=device) for dtype in dtypes)
-        return dz if shared else dx, dz, *zeros  # type: ignore[return-value]
-    per_chunk = smallest_item(flat_do, flat_x, flat_r)
-    warp = lanes(device.index)
-    many = wanted.x_bias is not None or (recompute and seed is not None)
+    grads: Sequence[Tensor | None], saved: Sequence[Tensor | None], options: Options, needs: Sequence[bool]
+) -> Callable[..., Gradients]:
+    """A function of `grads`, `saved` and a list of jobs that launches the pass over the rows: the gradients of x and
+    residual (one tensor where they are equal), and those of weight, bias and x_bias, filled by jobs that it adds."""
+    (dout, dsum), like = grads, Saved(*saved)  # type: ignore[arg-type]
+    x, index = like.x, like.x.device.index
+    need_x, need_residual, need_weight, need_bias, need_x_bias = needs
+    recompute = options.recompute and not (like.residual is like.x_bias is like.seed is None)
+    dtype, dtype_z = options.dtype, torch.float32 if options.float32_residual else options.dtype
+    alike = dtype == dtype_z
+    shared = alike and need_x and need_residual and like.seed is None
+    rowwise = all(t is None or t.is_contiguous() for t in (*grads, x, like.residual))
+    width, rows_like = x.shape[-1], (dout, dsum, x, like.residual)
+    strides = [0 if t is None else row_stride(t) for t in rows_like]
+    strides[0] = strides[0] or width  # there is no upstream gradient: zeros
+    unit = unit_of(width, *strides)
+    units = [stride // unit for stride in strides]
+    warp, per_chunk = gpu.lanes(index), smallest_item(*rows_like, torch.empty((), dtype=dtype))
+    many = need_x_bias or (recompute and like.seed is not None)
     parts = width > (MAX_WIDTH_WITH_X_BIAS if many else MAX_WIDTH_IN_REGISTERS)
     # A part of a wide row: 16 elements a thread.
     shape = Shape(1, 4 * warp * (16 // per_chunk), per_chunk, 4) if parts else row_shape(width, per_chunk, warp)
-    most = max(1, _WARPS_PER_UNIT // shape.num_warps) * gpu.compute_units(device.index)
+    most = max(1, _WARPS_PER_UNIT // shape.num_warps) * gpu.compute_units(index)
     column_blocks = triton.cdiv(width, shape.columns) if parts else 1
-    rows_per_program = triton.cdiv(triton.cdiv(rows * column_blocks, most), shape.block_m) * shape.block_m
-    rows_per_program = max(_LEAST_ROWS, rows_per_program)
-    programs = triton.cdiv(rows, rows_per_program)
-    partials = [
-        None if dtype is None else torch.empty((programs, width), dtype=torch.float32, device=device)
-        for dtype in dtypes
-    ]  # fmt: skip
-    strides = [0 if t is None else t.stride(0) for t in (flat_do, flat_ds, flat_x, flat_r)]
-    unit = unit_of(width, *strides)
-    units = [stride // unit for stride in strides]
-    weight, x_bias = (None if t is None else t.contiguous() for t in (weight, x_bias))
     numbers = (dropout.threshold(options.dropout_p), dropout.keep_scale(options.dropout_p))
     switches = {
         "RMS": options.rms, "ZERO_CENTERED": options.zero_centered, "RECOMPUTE": recompute, "UNIT": unit,
         "FLOAT32_SUM": options.float32_sum or not recompute,  # a saved sum is as it was rounded
     }  # fmt: skip
-    mean_g = statistics(x, rows) if parts and not options.rms else None
-    mean_gx = statistics(x, rows) if parts else None
-    need_dz = dz is not None or dx is not None or wanted.x_bias is not None
-    with gpu.on_device_of(x):
-        if parts and need_dz:
-            add_norm_row_means_kernel[(rows,)](
-                flat_do, flat_x, flat_r, weight, x_bias, mean, rstd, seed, mean_g, mean_gx,
-                units[0], units[2], units[3], width // unit, *numbers, **switches, EVEN=width % _WIDE_BLOCK == 0,
-                BLOCK_N=_WIDE_BLOCK, num_warps=_WIDE_WARPS * 32 // warp, **gpu.COMPILE_OPTIONS,
-            )  # fmt: skip
-        if need_dz or any(partial is not None for partial in partials):
-            add_norm_backward_kernel[(programs, column_blocks)](
-                flat_do, flat_ds, flat_x, flat_r, weight, x_bias, mean, rstd, seed, mean_g, mean_gx, dx, dz, *partials,
-                *units, rows, width // unit, rows_per_program, *numbers, **switches,
-                EVEN=width % shape.columns == 0, CHUNKS=shape.chunks, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
-                num_warps=shape.num_warps, **gpu.COMPILE_OPTIONS,
-            )  # fmt: skip
-    summed = (
-        None if partial is None or dtype is None else sums.add(partial, dtype)
-        for partial, dtype in zip(partials, dtypes, strict=True)
+    count = need_weight + need_bias + need_x_bias
+    find_means = launch(
+        add_norm_row_means_kernel, index, units[0], units[2], units[3], width // unit, *numbers, **switches,
+        EVEN=width % _WIDE_BLOCK == 0, BLOCK_N=_WIDE_BLOCK, num_warps=_WIDE_WARPS * 32 // warp,
     )  # fmt: skip
-    return dz if shared else dx, dz, *summed  # type: ignore[return-value]
+    go = launch(
+        add_norm_backward_kernel, index, *units, width // unit, *numbers, **switches,
+        EVEN=width % shape.columns == 0, DWEIGHT=need_weight, DBIAS=need_bias, DX_BIAS=need_x_bias,
+        CHUNKS=shape.chunks, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
+        num_warps=shape.num_warps,
+    )  # fmt: skip
+
+    def run(grads: Sequence[Tensor | None], saved: Sequence[Tensor | None], jobs: list[Job]) -> Gradients:
+        dout, dsum = grads
+        x, residual, weight, bias, x_bias, statistics, seed = saved
+        assert x is not None
+        size, place = x.shape, x.device
+        if dout is None:
+            dout = torch.zeros(size, dtype=dtype, device=place)
+        dz = dx = partial = means = None
+        if need_residual:
+            dz = torch.empty_like(dout) if rowwise and alike else torch.empty(size, dtype=dtype_z, device=place)
+        if need_x and not shared:
+            dx = torch.empty_like(dout) if rowwise else torch.empty(size, dtype=dtype, device=place)
+        dweight = torch.empty_like(weight) if need_weight else None  # type: ignore[arg-type]
+        dbias = torch.empty_like(bias) if need_bias else None  # type: ignore[arg-type]
+        dx_bias = torch.empty_like(x_bias) if need_x_bias else None  # type: ignore[arg-type]
+        rows = x.numel() // width
+        if rows == 0:
+            found = [None if out is None else out.zero_() for out in (dweight, dbias, dx_bias)]
+            return dz if shared else dx, dz, *found  # type: ignore[return-value]
+        if not rowwise:
+            dout, dsum, x, residual = (None if t is None else as_rows(t) for t in (dout, dsum, x, residual))
+        rows_per_program = max(_LEAST_ROWS, -(-rows * column_blocks // (most * shape.block_m)) * shape.block_m)
+        programs = -(-rows // rows_per_program)
+        tensors = (x, residual, weight, x_bias if recompute else None, statistics, seed)
+        if count:
+            partial = torch.empty((programs, count, width), dtype=torch.float32, device=place)
+            offset = 0
+            for out in (dweight, dbias, dx_bias):
+                if out is not None:
+                    jobs.append(Job(partial, offset, programs, out))
+                    offset += width
+        if parts:
+            means = torch.empty((1 if options.rms else 2) * rows, dtype=torch.float32, device=place)
+            find_means(rows, 1, dout, *tensors, means, rows)
+        go(programs, column_blocks, dout, dsum, *tensors, means, dx, dz, partial, rows, rows_per_program)
+        return dz if shared else dx, dz, dweight, dbias, dx_bias
+
+    return run

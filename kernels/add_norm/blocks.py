@@ -6,7 +6,6 @@ import functools
 import math
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,17 +57,6 @@ def row_shape(width: int, itemsize: int, lanes: int) -> Shape:
     return Shape(num_warps // warps, block_n, -(-width // block_n), num_warps)
 
 
-def lanes(device_index: int | None) -> int:
-    """Threads of a warp."""
-    return 64 if gpu.architecture(device_index).startswith("gfx9") else 32
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """`x` as ``[rows, width]`` with unit column stride; a view unless its memory order forbids."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
-
-
 def check_width(x: Tensor) -> None:
     """Raise ValueError for rows that the kernels do not take."""
     if x.shape[-1] > MAX_WIDTH:
@@ -83,11 +71,6 @@ def unit_of(width: int, *strides: int) -> int:
 def smallest_item(*tensors: Tensor | None) -> int:
     """Bytes of the narrowest element among the matrices of a launch."""
     return min(t.element_size() for t in tensors if t is not None)
-
-
-def statistics(x: Tensor, rows: int) -> Tensor:
-    """Memory for one float32 of each row."""
-    return torch.empty(rows, dtype=torch.float32, device=x.device)
 
 
 @triton.jit

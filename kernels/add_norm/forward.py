@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -10,19 +12,17 @@ from torch import Tensor
 from ..common import device as gpu
 from ..common import dropout
 from ..common.blocks import dropout_keep
-from .arguments import Options, sum_dtype
+from ..common.plan import as_rows, launch, row_stride
+from .arguments import Options, Tensors, stores_sum, sum_dtype
 from .blocks import (
-    as_rows,
     check_width,
     first_chunk,
-    lanes,
     load_columns,
     load_sum,
     load_weight,
     reciprocal_deviation,
     row_shape,
     smallest_item,
-    statistics,
     store_block,
     unit_of,
 )
@@ -30,8 +30,8 @@ from .blocks import (
 
 @triton.jit(do_not_specialize=["stride_x", "stride_r", "rows", "width", "rows_per_program"])
 def add_norm_forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, out_ptr, sum_ptr, mean_ptr, rstd_ptr,
-    stride_x, stride_r, rows, width, rows_per_program, eps, dropout_threshold, keep_scale,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, out_ptr, sum_ptr, statistics_ptr,
+    rows, rows_per_program, stride_x, stride_r, width, eps, dropout_threshold, keep_scale,
     RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, FLOAT32_SUM: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -109,16 +109,16 @@ def add_norm_forward_kernel(
             if bias_ptr is not None:
                 out += biases[i]
             store_block(out_ptrs + i * BLOCK_N, out, row_ok, last_ok, ROWS, not EVEN and i == CHUNKS - 1)
-        if rstd_ptr is not None:
-            tl.store(rstd_ptr + offs_m, rstd, mask=offs_m < last)
-        if mean_ptr is not None:
-            tl.store(mean_ptr + offs_m, mean, mask=offs_m < last)
+        if statistics_ptr is not None:
+            tl.store(statistics_ptr + offs_m, rstd, mask=offs_m < last)
+            if not RMS:
+                tl.store(statistics_ptr + rows + offs_m, mean, mask=offs_m < last)
 
 
 @triton.jit(do_not_specialize=["stride_x", "stride_r", "rows", "width"])
 def add_norm_wide_forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, out_ptr, sum_ptr, mean_ptr, rstd_ptr,
-    stride_x, stride_r, rows, width, eps, dropout_threshold, keep_scale,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, out_ptr, sum_ptr, statistics_ptr,
+    rows, stride_x, stride_r, width, eps, dropout_threshold, keep_scale,
     RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, FLOAT32_SUM: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -164,10 +164,10 @@ def add_norm_wide_forward_kernel(
         apart = lane_mean - mean[:, None]
         squares += count * apart * apart
     rstd = reciprocal_deviation(tl.sum(squares, 1) / width, eps)
-    if rstd_ptr is not None:
-        tl.store(rstd_ptr + offs_m, rstd)
-    if mean_ptr is not None:
-        tl.store(mean_ptr + offs_m, mean)
+    if statistics_ptr is not None:
+        tl.store(statistics_ptr + offs_m, rstd)
+        if not RMS:
+            tl.store(statistics_ptr + rows + offs_m, mean)
     tl.debug_barrier()  # the sum may be read back by other threads than wrote it
     for start in range(0, width, BLOCK_N):
         column_ok = start + columns < width
@@ -200,44 +200,64 @@ _WIDE_BLOCK, _WIDE_WARPS = 4096, 16
 _PROGRAMS_PER_UNIT = 8  # fill every unit with warps; with more rows than that each program takes more of them
 
 
-def add_norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, x_bias: Tensor | None,
-    seed: Tensor | None, options: Options, store_sum: bool, store_statistics: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Launch a kernel: the output, and where asked for the sum, the means (of LayerNorm) and reciprocal deviations."""
-    check_width(x)
-    flat_x = as_rows(x)
-    rows, width = flat_x.shape
-    flat_r = None if residual is None else as_rows(residual)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = torch.empty(x.shape, dtype=sum_dtype(x, options), device=x.device) if store_sum else None
-    mean = statistics(x, rows) if store_statistics and not options.rms else None
-    rstd = statistics(x, rows) if store_statistics else None
-    if out.numel() == 0:
-        return out, total, mean, rstd
-    stride_x, stride_r = flat_x.stride(0), 0 if flat_r is None else flat_r.stride(0)
-    unit = unit_of(width, stride_x, stride_r)
-    weight, bias, x_bias = (None if t is None else t.contiguous() for t in (weight, bias, x_bias))
-    tensors = (flat_x, flat_r, weight, bias, x_bias, seed, out, total, mean, rstd)
-    sizes = (stride_x // unit, stride_r // unit, rows, width // unit)
-    numbers = (options.eps, dropout.threshold(options.dropout_p), dropout.keep_scale(options.dropout_p))
+Results = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def add_norm_forward(like: Tensors, options: Options, needs: tuple[bool, ...]) -> Callable[..., Results]:
+    """A function of the tensors of a call that launches a kernel: the output, and where they are needed the sum and the
+    reciprocal deviations of all rows, followed by their means (of LayerNorm)."""
+    check_width(like.x)
+    x, index = like.x, like.x.device.index
+    width, dtype, of_sum = x.shape[-1], x.dtype, sum_dtype(x, options)
+    store_sum, per_row = stores_sum(like, options, needs), 0 if not needs else 1 if options.rms else 2
+    plain = all(t is None or t.is_contiguous() for t in like)
+    strides = (row_stride(x), 0 if like.residual is None else row_stride(like.residual))
+    unit = unit_of(width, *strides)
+    fixed = (
+        *(stride // unit for stride in strides), width // unit, options.eps, dropout.threshold(options.dropout_p),
+        dropout.keep_scale(options.dropout_p),
+    )  # fmt: skip
     switches = {
         "RMS": options.rms, "ZERO_CENTERED": options.zero_centered, "FLOAT32_SUM": options.float32_sum, "UNIT": unit,
     }  # fmt: skip
-    with gpu.on_device_of(x):
-        plain = seed is None and x_bias is None
-        if width > (MAX_WIDTH_IN_REGISTERS if plain else MAX_WIDTH_WITH_DROPOUT):
-            add_norm_wide_forward_kernel[(rows,)](
-                *tensors, *sizes, *numbers, **switches, EVEN=width % _WIDE_BLOCK == 0, BLOCK_N=_WIDE_BLOCK,
-                num_warps=_WIDE_WARPS * 32 // lanes(x.device.index), **gpu.COMPILE_OPTIONS,
-            )  # fmt: skip
-            return out, total, mean, rstd
-        shape = row_shape(width, smallest_item(flat_x, flat_r), lanes(x.device.index))
-        most = _PROGRAMS_PER_UNIT * gpu.compute_units(x.device.index)
-        rows_per_program = triton.cdiv(triton.cdiv(rows, most), shape.block_m) * shape.block_m
-        add_norm_forward_kernel[(triton.cdiv(rows, rows_per_program),)](
-            *tensors, *sizes, rows_per_program, *numbers, **switches, EVEN=width == shape.columns,
-            CHUNKS=shape.chunks, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, num_warps=shape.num_warps,
-            **gpu.COMPILE_OPTIONS,
+    simple = like.seed is None and like.x_bias is None
+    wide = width > (MAX_WIDTH_IN_REGISTERS if simple else MAX_WIDTH_WITH_DROPOUT)
+    warp = gpu.lanes(index)
+    if wide:
+        go = launch(
+            add_norm_wide_forward_kernel, index, *fixed, **switches, EVEN=width % _WIDE_BLOCK == 0,
+            BLOCK_N=_WIDE_BLOCK, num_warps=_WIDE_WARPS * 32 // warp,
         )  # fmt: skip
-    return out, total, mean, rstd
+        block_m, most = 1, 1
+    else:
+        shape = row_shape(width, smallest_item(x, like.residual), warp)
+        go = launch(
+            add_norm_forward_kernel, index, *fixed, **switches, EVEN=width == shape.columns, CHUNKS=shape.chunks,
+            BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, num_warps=shape.num_warps,
+        )  # fmt: skip
+        block_m, most = shape.block_m, _PROGRAMS_PER_UNIT * gpu.compute_units(index)
+
+    def run(
+        x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, x_bias: Tensor | None,
+        seed: Tensor | None,
+    ) -> Results:  # fmt: skip
+        out = torch.empty_like(x) if plain else torch.empty(x.shape, dtype=dtype, device=x.device)
+        total = None
+        if store_sum:
+            total = torch.empty_like(out) if of_sum == dtype else torch.empty(x.shape, dtype=of_sum, device=x.device)
+        rows = x.numel() // width
+        statistics = None
+        if per_row:
+            statistics = torch.empty(per_row * rows, dtype=torch.float32, device=x.device)
+        if not plain:
+            x, residual = as_rows(x), None if residual is None else as_rows(residual)
+            weight, bias, x_bias = (None if t is None else t.contiguous() for t in (weight, bias, x_bias))
+        tensors = (x, residual, weight, bias, x_bias, seed, out, total, statistics)
+        if rows and wide:
+            go(rows, 1, *tensors, rows)
+        elif rows:
+            rows_per_program = -(-rows // (most * block_m)) * block_m
+            go(-(-rows // rows_per_program), 1, *tensors, rows, rows_per_program)
+        return out, total, statistics
+
+    return run

@@ -1,20 +1,22 @@
-"""What one attention call is made of, in the one form that every path takes: tensors and options."""
+"""What one attention call is made of, in the one form that every path takes."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import namedtuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..common import checks
+UNITS = (16, *[1] * 7, 8, *[1] * 7)
+"""By the last four bits of all its strides: what divides them, of 16, 8 and 1."""
 
 
-class Inputs(NamedTuple):
+class Tensors(NamedTuple):
     """The tensors of a call. None where it has none."""
 
     query: Tensor
-    """``[B, H, Lq, D]``; of a packed batch ``[1, H, Tq, D]``."""
+    """``[B, H, Lq, D]``; of a packed batch ``[T, H, D]`` or ``[1, H, T, D]``."""
     key: Tensor
     """``[B, Hk, Lk, D]``, likewise; Hk divides H."""
     value: Tensor
@@ -22,21 +24,28 @@ class Inputs(NamedTuple):
     attn_mask: Tensor | None = None
     """bool or floating, four dimensions, each 1 or that of ``[B, H, Lq, Lk]`` (packed: of the longest sequences)."""
     relative_bias: Tensor | None = None
-    """``[1 or H, 2 R + 1]``: what is added to a score by the distance key - query, clipped to -R..R."""
+    """``[1 or H, 2 R + 1]``, contiguous: added to a score by the distance key - query, clipped to -R..R."""
     alibi_slopes: Tensor | None = None
-    """float32 ``[1 or B, H]``: ``-slope * |distance|`` is added."""
-    seed: Tensor | None = None
-    """Key of the dropout, int64 ``[1]``."""
+    """``[H]`` or ``[B, H]``: ``-slope * |distance|`` is added."""
     seqlens_q: Tensor | None = None
-    """int32: ``[B]`` lengths of padded sequences, or ``[B + 1]`` first rows of packed ones."""
+    """Integers: ``[B]`` lengths of padded sequences, or ``[B + 1]`` first rows of packed ones."""
     seqlens_k: Tensor | None = None
     block_map: Tensor | None = None
     """int32 ``[1 or B, 1 or H, blocks of queries, blocks of keys]``; see `BlockMask`."""
     blocks_of_query: Tensor | None = None
     blocks_of_key: Tensor | None = None
     tiles: Tensor | None = None
-    scales: Tensor | None = None
-    """Of float8 inputs: float32 ``[B, H, 2]``, what products of query and key and what values are multiplied by."""
+    seed: Tensor | None = None
+    """Key of the dropout, int64 ``[1]``."""
+
+
+Saved = namedtuple(
+    "Saved",
+    "query key value attn_mask relative_bias alibi_slopes seqlens_q seqlens_k block_map blocks_of_query blocks_of_key "
+    "tiles seed out statistics",
+)
+"""What the backward pass is given: the tensors, and what the forward pass made of them. `statistics` are float32: of
+each row the log-sum-exp to base 2, or two parts of it; see `blocks.load_statistics`."""
 
 
 class Options(NamedTuple):
@@ -54,27 +63,15 @@ class Options(NamedTuple):
     """Position of query i among the keys: i, or with this i + Lk - Lq."""
     packed: bool = False
     """The sequences lie one after the other, without padding; else `seqlens` are the lengths of padded ones."""
-    max_len_q: int = 0
-    """Longest sequence; of a dense batch Lq."""
-    max_len_k: int = 0
+    return_lse: bool = False
+    average: bool = False
+    """Softmax weights are averaged over the heads."""
 
 
-def sequences(inputs: Inputs, options: Options) -> int:
-    """How many sequences a call has, padded or packed."""
-    if options.packed:
-        assert inputs.seqlens_q is not None
-        return inputs.seqlens_q.shape[0] - 1
-    return inputs.query.shape[0]
-
-
-def position_offset(options: Options, len_q: int, len_k: int) -> int:
-    """Position of the first query among the keys."""
-    return len_k - len_q if options.bottom_right else 0
-
-
-def output_dtype(query: Tensor) -> torch.dtype:
-    """The query's, or of a float8 call bfloat16."""
-    return torch.bfloat16 if query.dtype in checks.FLOAT8 else query.dtype
+def added(tensors: Any, options: Options) -> bool:
+    """True if scores are more than products: softcap, or a term that is added."""
+    mask = tensors.attn_mask is not None and tensors.attn_mask.dtype != torch.bool
+    return mask or options.softcap > 0.0 or not tensors.relative_bias is tensors.alibi_slopes is None
 
 
 def wide_dtype(query: Tensor) -> torch.dtype:

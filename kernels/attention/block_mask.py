@@ -20,6 +20,15 @@ class BlockMask:
     Build one with `from_mask`, `from_function` or a pattern (`sliding_window`, `big_bird`, `documents`), once for many
     calls, and pass it to `attention` as `block_mask`. It holds elements of partly filled blocks only, so its memory, as
     the time of the kernels, grows with the live blocks.
+
+    Example:
+        >>> import torch, fusenc
+        >>> mask = fusenc.kernels.BlockMask.from_mask(torch.ones(300, 300, dtype=torch.bool).tril())
+        >>> f"{mask.density():.2f}"  # of the blocks, 6 of 9 are not empty
+        '0.67'
+        >>> near = fusenc.kernels.BlockMask.from_function(lambda q, k: (q - k).abs() < 100, 4096, 4096)
+        >>> f"{near.density():.2f}"
+        '0.09'
     """
 
     shape: tuple[int, int, int, int]
@@ -41,12 +50,6 @@ class BlockMask:
         Raises:
             TypeError: `mask` is no bool tensor.
             ValueError: another number of dimensions, or a `block_size` that is no power of two from 16 on.
-
-        Example:
-            >>> import torch, fusenc
-            >>> mask = fusenc.kernels.BlockMask.from_mask(torch.ones(300, 300, dtype=torch.bool).tril())
-            >>> f"{mask.density():.2f}"  # of the blocks, 6 of 9 are not empty
-            '0.67'
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             checks.fail_type("mask", "a bool tensor", mask)
@@ -64,20 +67,13 @@ class BlockMask:
         Args:
             function: of positions of queries ``[n, 1]`` and of keys ``[1, Lk]``, int64, to bool ``[n, Lk]``: True where
                 a key is seen.
-            len_q: queries.
-            len_k: keys.
+            len_q, len_k: queries and keys.
             block_size: a power of two from 16 on.
             device: where the positions and the mask are.
 
         Raises:
             TypeError: what `function` returns is no bool tensor.
             ValueError: what it returns has another shape, negative lengths, or a bad `block_size`.
-
-        Example:
-            >>> import fusenc
-            >>> near = fusenc.kernels.BlockMask.from_function(lambda q, k: (q - k).abs() < 100, 4096, 4096)
-            >>> f"{near.density():.2f}"
-            '0.09'
         """
         if len_q < 0 or len_k < 0:
             checks.fail_value("len_q, len_k", "lengths of at least 0", (len_q, len_k))
@@ -133,12 +129,6 @@ class BlockMask:
         """Each token sees those up to `window` away; the first `global_tokens` see all and are seen by all.
 
         Longformer: Beltagy et al., 2020, section 3.1.
-
-        Example:
-            >>> import fusenc
-            >>> mask = fusenc.kernels.BlockMask.sliding_window(4096, window=256, global_tokens=1)
-            >>> mask.shape
-            (1, 1, 4096, 4096)
         """
         return cls.from_function(
             lambda q, k: ((q - k).abs() <= window) | (q < global_tokens) | (k < global_tokens),
@@ -153,12 +143,6 @@ class BlockMask:
         """BigBird's pattern: blocks near the diagonal, the first blocks as rows and columns, and some at random.
 
         Zaheer et al., 2020, section 2 (the "itc" construction), by whole blocks.
-
-        Example:
-            >>> import fusenc
-            >>> mask = fusenc.kernels.BlockMask.big_bird(4096)
-            >>> 0.05 < mask.density() < 0.15
-            True
         """
         blocks = -(-len_q // block_size)
         position = torch.arange(blocks)
@@ -176,12 +160,6 @@ class BlockMask:
 
         Raises:
             ValueError: another number of dimensions.
-
-        Example:
-            >>> import torch, fusenc
-            >>> mask = fusenc.kernels.BlockMask.documents(torch.tensor([0] * 200 + [1] * 300))
-            >>> mask.shape
-            (1, 1, 500, 500)
         """
         if not isinstance(ids, Tensor) or ids.dim() not in (1, 2):
             checks.fail_value("ids", "a tensor [L] or [B, L]", ids)

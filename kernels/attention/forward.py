@@ -2,59 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import device as gpu
 from ..common.blocks import dropout_keep
-from .arguments import Inputs, Options, output_dtype
-from .blocks import (
-    LN2,
-    LOG2E,
-    block_scores,
-    both_sequences,
-    live_block,
-    live_blocks,
-    load_tile,
-    terms_of,
-    tile,
-    visible_keys,
-)
+from .arguments import Options, Tensors
+from .blocks import LN2, LOG2E, block_of_queries, keys_at, load_rows, parts_of_keys, result, store_rows
 from .configs import FORWARD
-from .launching import describe, empty_in_order_of, strides_of_list
+from .launching import Call, sequences
 
 
 @triton.jit
-def _visit_keys(
-    acc, row_max, row_sum, q, k_ptr, v_ptr, kv_strides, rows, flat, terms, limits, random, sparse, first, last,
-    CHECK: tl.constexpr, TILED: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over the keys in ``[first, last)``."""
-    stride_kn, stride_kd, stride_vn, stride_vd = kv_strides
-    seed, dropout_threshold, keep_scale = random
-    list_ptr, map_ptr, stride_map, tiles_ptr = sparse
-    len_k = limits[1]
-    offs_n = tl.arange(0, S.BLOCK_N)
-    offs_d = tl.arange(0, S.BLOCK_D)
-    offs_dv = tl.arange(0, S.BLOCK_DV)
-    k_at = tile(offs_n, stride_kn, offs_d, stride_kd, S)
-    v_at = tile(offs_n, stride_vn, offs_dv, stride_vd, S)
-    factor = terms[0] * LOG2E
-    for position in range(first, last, S.BLOCK_N):
-        start = position
-        tile_ptr = tiles_ptr
-        if S.SPARSE:
-            start, tile_ptr = live_block(list_ptr, map_ptr, tiles_ptr, stride_map, position, TILED, S)
-        columns = start + offs_n
-        far = tl.cast(start, tl.int64)
-        inside = columns < len_k
-        k = load_tile(k_ptr + far * stride_kn + k_at, inside, offs_d, CHECK, S.HEAD_DIM, S.BLOCK_D)  # [BN, BD]
-        products = tl.dot(q, tl.trans(k), input_precision=S.PRECISION)
-        scores, _ = block_scores(
-            products, rows[:, None], columns[None, :], tile_ptr, terms, limits, CHECK, TILED, S
-        )  # [BM, BN]
+def _visit_keys(acc, row_max, row_sum, q, k, v, rows, head, ends, PART: tl.constexpr, S: tl.constexpr):
+    """Online softmax over one part of the keys."""
+    CHECK: tl.constexpr = PART != 1 or S.SPARSE > 0
+    factor = head.scale * LOG2E
+    for position in range(ends[2 * PART], ends[2 * PART + 1], S.BLOCK_N):
+        start, inside, _, scores, _ = keys_at(position, q, k, rows, head, PART, S)
         # A row that has met no key to see has maximum -inf: subtracting 0 instead keeps exp2 at 0, not NaN.
         if S.ADDED:
             new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -69,144 +39,84 @@ def _visit_keys(
         row_sum = row_sum * correction + tl.sum(p, 1)
         acc = acc * correction[:, None]
         if S.DROPOUT:  # the softmax's denominator counts the dropped keys too
-            p = tl.where(dropout_keep(seed, flat, start, dropout_threshold, S.BLOCK_N), p * keep_scale, 0.0)
-        v = load_tile(v_ptr + far * stride_vn + v_at, inside, offs_dv, CHECK, S.VALUE_DIM, S.BLOCK_DV)  # [BN, BDV]
-        if S.FLOAT8:
-            v = v.to(tl.float16)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=S.PRECISION)
+            keep = dropout_keep(head.seed, head.first_row + rows, start, head.threshold, S.BLOCK_N)
+            p = tl.where(keep, p * head.keep_scale, 0.0)
+        v_block = load_rows(v, start, tl.arange(0, S.BLOCK_N), inside, CHECK, S.VALUE_DIM, S)  # [BN, BDV]
+        acc = tl.dot(p.to(v_block.dtype), v_block, acc, input_precision=S.PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["len_q", "window"])
+@triton.jit(do_not_specialize=["strides_out", "strides", "strides_mask", "totals", "len_q", "len_k", "N"])
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, statistics_ptr,
-    mask_ptr, relative_ptr, slopes_ptr, seed_ptr, seqlens_q_ptr, seqlens_k_ptr, map_ptr, list_ptr, tiles_ptr,
-    scales_ptr, strides_q, strides_k, strides_v, strides_out, strides_mask, strides_added, strides_map, strides_list,
-    heads, rows_of, len_q, len_k, window, numbers, dropout_threshold,
-    RETURN_LSE: tl.constexpr, S: tl.constexpr,
+    tensors, out_ptr, lse_ptr, statistics_ptr, strides_out, strides, strides_mask, totals, len_q, len_k,
+    inner, stride_mn, N, S: tl.constexpr,
 ):  # fmt: skip
-    # One program computes BLOCK_M rows of softmax(scale * Q K^T + mask) V for one head. It reads its
-    # queries once and every key and value they see once, and writes the output and the log-sum-exp of each
-    # row; the scores never leave the chip. Online softmax: Dao et al., "FlashAttention" (2022), algorithm 1,
-    # with the division by the row sum delayed to the end (FlashAttention-2, section 3.1).
-    nhead, group = heads
-    stride_qb, stride_qh, stride_qm, stride_qd = strides_q
-    stride_kb, stride_kh, stride_kn, stride_kd = strides_k
-    stride_vb, stride_vh, stride_vn, stride_vd = strides_v
-    stride_ob, stride_oh, stride_om, stride_od = strides_out
-
-    blocks_m = tl.cdiv(len_q, S.BLOCK_M)
-    row0 = tl.program_id(0) % blocks_m * S.BLOCK_M
-    head = tl.program_id(0) // blocks_m
-    b = (head // nhead).to(tl.int64)
-    h = (head % nhead).to(tl.int64)
-    own, first_q, first_k, limits = both_sequences(b, seqlens_q_ptr, seqlens_k_ptr, rows_of, len_q, len_k, window, S)
-    terms = terms_of(b, h, mask_ptr, relative_ptr, slopes_ptr, strides_mask, strides_added, window, numbers, S)
-    value_scale = 1.0
-    if S.FLOAT8:
-        scale, cap, slope, relative, reach, mask, stride_mm, stride_mn = terms
-        scale *= tl.load(scales_ptr + 2 * (b * nhead + h))
-        terms = (scale, cap, slope, relative, reach, mask, stride_mm, stride_mn)
-        value_scale = tl.load(scales_ptr + 2 * (b * nhead + h) + 1)
-    longest = len_q
-    len_q = limits[0]
-    seed = tl.load(seed_ptr) if S.DROPOUT else 0
-    random = (seed, dropout_threshold, numbers[2])
-
-    rows = row0 + tl.arange(0, S.BLOCK_M)
-    flat = (own * nhead + h) * rows_of[0] + first_q + rows
-    offs_d = tl.arange(0, S.BLOCK_D)
-    offs_dv = tl.arange(0, S.BLOCK_DV)
-    q_base = q_ptr + own * stride_qb + h * stride_qh + first_q * stride_qm
-    k_base = k_ptr + own * stride_kb + h // group * stride_kh + first_k * stride_kn
-    v_base = v_ptr + own * stride_vb + h // group * stride_vh + first_k * stride_vn
-    kv_strides = (stride_kn, stride_kd, stride_vn, stride_vd)
-
-    q = load_tile(
-        q_base + tile(rows, stride_qm, offs_d, stride_qd, S), rows < len_q, offs_d, True, S.HEAD_DIM, S.BLOCK_D
-    )
+    # One program computes BLOCK_M rows of softmax(scale * Q K^T + mask) V for one head. It reads its queries once and
+    # every key and value they see once, and writes the output, and of each row the log-sum-exp where it is needed
+    # later; the scores never leave the chip. Online softmax: Dao et al., "FlashAttention" (2022), algorithm 1, with the
+    # division by the row sum delayed to the end (FlashAttention-2, section 3.1).
+    t = Tensors(*tensors)
+    block, at, head, q, k, v = block_of_queries(t, strides, strides_mask, totals, len_q, len_k, inner, stride_mn, N, S)
+    rows = block * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
+    q_block = load_rows(q, 0, rows, rows < at.len_q, True, S.HEAD_DIM, S)
     acc = tl.full((S.BLOCK_M, S.BLOCK_DV), 0.0, tl.float32)
     row_max = tl.full((S.BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.full((S.BLOCK_M,), 0.0, tl.float32)
-
-    if S.SPARSE:
-        # Live blocks, the full ones first; the others have a tile that says which of their elements are seen.
-        list_ptr += b * strides_list[0] + h * strides_list[1] + row0 // S.SPARSE * strides_list[2]
-        map_ptr += b * strides_map[0] + h * strides_map[1] + row0 // S.SPARSE * strides_map[2]
-        sparse, full, live = live_blocks(list_ptr, map_ptr, strides_map[3], tiles_ptr, row0 < len_q, S)
-        acc, row_max, row_sum = _visit_keys(
-            acc, row_max, row_sum, q, k_base, v_base, kv_strides, rows, flat, terms, limits, random, sparse,
-            0, full, True, False, S,
-        )  # fmt: skip
-        acc, row_max, row_sum = _visit_keys(
-            acc, row_max, row_sum, q, k_base, v_base, kv_strides, rows, flat, terms, limits, random, sparse,
-            full, live, True, True, S,
-        )  # fmt: skip
-    else:
-        sparse = (list_ptr, map_ptr, 0, tiles_ptr)
-        low, plain_low, plain_high, high = visible_keys(row0, limits, S)
-        if S.LEFT:
-            acc, row_max, row_sum = _visit_keys(
-                acc, row_max, row_sum, q, k_base, v_base, kv_strides, rows, flat, terms, limits, random, sparse,
-                low, tl.minimum(plain_low, high), True, False, S,
-            )  # fmt: skip
-        acc, row_max, row_sum = _visit_keys(
-            acc, row_max, row_sum, q, k_base, v_base, kv_strides, rows, flat, terms, limits, random, sparse,
-            plain_low, plain_high, False, False, S,
-        )  # fmt: skip
-        acc, row_max, row_sum = _visit_keys(
-            acc, row_max, row_sum, q, k_base, v_base, kv_strides, rows, flat, terms, limits, random, sparse,
-            plain_high, high, True, False, S,
-        )  # fmt: skip
+    ends = parts_of_keys(block * S.BLOCK_M, head, S)
+    for part in tl.static_range(0 if S.LEFT and not S.SPARSE else 1, 3):
+        acc, row_max, row_sum = _visit_keys(acc, row_max, row_sum, q_block, k, v, rows, head, ends, part, S)
 
     empty = row_sum == 0.0  # no key seen: output 0, log-sum-exp -inf
-    stored = rows < longest
+    stored = rows < len_q
     if S.SEQUENCES == "packed":
-        stored = rows < len_q
+        stored = rows < at.len_q
     elif S.SEQUENCES == "lengths":
-        empty = empty | (rows >= len_q)
+        empty = empty | (rows >= at.len_q)
     row_sum = tl.where(empty, 1.0, row_sum)
     out = tl.where(empty[:, None], 0.0, acc) / row_sum[:, None]
-    if S.FLOAT8:
-        out *= value_scale
-    out_base = out_ptr + own * stride_ob + h * stride_oh + first_q * stride_om
-    out_ptrs = out_base + tile(rows, stride_om, offs_dv, stride_od, S)
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=stored[:, None] & (offs_dv < S.VALUE_DIM)[None, :])
+    store_rows(result(out_ptr, at, head.h, at.first_q, strides_out, S), rows, stored, out, S.VALUE_DIM, S)
     # For the backward pass, see load_statistics; and for the caller in natural logarithms.
+    flat = head.first_row + rows
     rest = tl.log2(row_sum)
-    if S.ADDED:
-        tl.store(statistics_ptr + 2 * flat, tl.where(empty, 0.0, row_max), mask=stored)
-        tl.store(statistics_ptr + 2 * flat + 1, tl.where(empty, float("inf"), rest), mask=stored)
-        lse = row_max + rest * LN2
-    else:
-        tl.store(statistics_ptr + flat, tl.where(empty, float("inf"), row_max + rest), mask=stored)
-        lse = (row_max + rest) * LN2
-    if RETURN_LSE:
+    if statistics_ptr is not None:
+        if S.ADDED:
+            tl.store(statistics_ptr + 2 * flat, tl.where(empty, 0.0, row_max), mask=stored)
+            tl.store(statistics_ptr + 2 * flat + 1, tl.where(empty, float("inf"), rest), mask=stored)
+        else:
+            tl.store(statistics_ptr + flat, tl.where(empty, float("inf"), row_max + rest), mask=stored)
+    if lse_ptr is not None:
+        lse = row_max + rest * LN2 if S.ADDED else (row_max + rest) * LN2
         tl.store(lse_ptr + flat, tl.where(empty, float("-inf"), lse), mask=stored)
 
 
-def attention_forward(inputs: Inputs, options: Options, return_lse: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Launch the forward kernel: the output ``[B, H, Lq, Dv]``, the log-sum-exp ``[B, H, Lq]`` in float32 if asked for,
-    and what the backward pass needs: the same to base 2, and in two parts ``[B, H, Lq, 2]`` if anything is added to the
-    scores."""
-    call = describe(inputs, options)
-    query = inputs.query
-    out = empty_in_order_of(query, inputs.value.shape[3], output_dtype(query))
-    rows = query.shape[:3]
-    parts = (2,) if call.switches.ADDED else ()
-    statistics = torch.empty((*rows, *parts), dtype=torch.float32, device=query.device)
-    lse = torch.empty(rows, dtype=torch.float32, device=query.device) if return_lse else None
-    if statistics.numel() == 0 or call.sequences == 0:
+Results = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def attention_forward(
+    like: Tensors, options: Options, sizes: Sequence[int], needs: Sequence[bool]
+) -> Callable[..., Results]:
+    """A function of the tensors of a call and the longest lengths that launches the kernel: the output, the log-sum-exp
+    in float32 if asked for, and with `needs` what the backward pass needs of it (see `Saved`)."""
+    call = Call(like, options, sizes)
+    config = FORWARD.choose(like.query, call.switches, sizes[0])
+    go = call.launch(attention_forward_kernel, config)
+    block_m, nhead, value_dim, packed = config.block_m, call.numbers.nhead, call.switches.VALUE_DIM, options.packed
+    per_row = 0 if not needs else 2 if call.switches.ADDED else 1
+
+    def run(*arguments: Any) -> Results:
+        tensors, max_len_q, max_len_k = arguments[:-2], arguments[-2], arguments[-1]
+        query = tensors[0]
+        out, strides_out = call.new_result(query, value_dim)
+        shape, lse, statistics = call.rows_of(query), None, None
+        if per_row:
+            statistics = torch.empty(per_row * math.prod(shape), dtype=torch.float32, device=query.device)
+        if options.return_lse:
+            lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+        programs = -(-max_len_q // block_m) * nhead * sequences(tensors, packed)
+        if programs:
+            changing = call.changing(tensors, max_len_q, max_len_k)
+            go(programs, 1, tensors, out, lse, statistics, strides_out, *changing)
         return out, lse, statistics
-    config = FORWARD.choose(query, call.switches, call.len_q)
-    blocks = triton.cdiv(call.len_q, config.block_m)
-    with gpu.on_device_of(query):
-        attention_forward_kernel[(blocks * call.sequences * call.nhead,)](
-            query, inputs.key, inputs.value, out, lse, statistics, *call.pointers, inputs.block_map,
-            inputs.blocks_of_query, inputs.tiles, inputs.scales, *call.strides, out.stride(), *call.strides_of_terms,
-            call.strides_of_map, strides_of_list(inputs.blocks_of_query), *call.sizes,
-            RETURN_LSE=return_lse, S=call.switches._replace(BLOCK_M=config.block_m, BLOCK_N=config.block_n),
-            num_warps=config.num_warps, num_stages=config.num_stages, **gpu.COMPILE_OPTIONS,
-        )  # fmt: skip
-    return out, lse, statistics
+
+    return run

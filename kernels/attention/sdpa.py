@@ -49,13 +49,16 @@ def sdpa_replacement() -> Iterator[SdpaReport]:
     report = SdpaReport()
     torchs_own = F.scaled_dot_product_attention
 
-    def replacement(*args: Any, **kwargs: Any) -> Tensor:
-        reason = _why_not(*args, **kwargs)
+    def replacement(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        reason = _why_not(query, key, value, attn_mask, is_causal, enable_gqa)
         if reason:
             report.left[reason] += 1
-            return torchs_own(*args, **kwargs)
+            return torchs_own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         report.served += 1
-        return _serve(*args, **kwargs)
+        return _serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
     F.scaled_dot_product_attention = replacement
     try:
@@ -65,9 +68,8 @@ def sdpa_replacement() -> Iterator[SdpaReport]:
 
 
 def _why_not(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> str:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
+) -> str:
     """Why a call cannot be served; nothing if it can."""
     tensors = (query, key, value)
     if any(t.is_nested for t in tensors):
@@ -91,9 +93,8 @@ def _why_not(
 
 
 def _serve(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool, *rest: Any
+) -> Tensor:
     from torch.nn.attention.bias import CausalBias, CausalVariant  # here, since its import is slow
 
     alignment: Any = "top_left"
@@ -107,5 +108,5 @@ def _serve(
             attn_mask = attn_mask[:, None]
     elif query.dim() == 2:
         query, key, value = (t[None, None] for t in (query, key, value))
-    out = attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, alignment=alignment)
+    out = attention(query, key, value, attn_mask, dropout_p, is_causal, *rest, alignment=alignment)
     return out.view(*leading, *out.shape[-2:]) if len(leading) < 2 else out

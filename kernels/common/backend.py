@@ -12,16 +12,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import checks, compat
+from . import compat, plan
 
 BACKENDS = ("auto", "triton", "eager")
-KERNEL_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16}) | checks.FLOAT8
+KERNEL_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so a later change could not take effect.
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
 _forced = "auto"
-_last: str | None = None
+last: str | None = None
+"""What ran the last call."""
 
 
 @functools.cache
@@ -53,9 +54,9 @@ def use_triton(x: Tensor) -> bool:
     Triton serves CUDA and ROCm tensors of float32, float16 and bfloat16, and with
     ``TRITON_INTERPRET=1`` tensors on the CPU too. float64 and every other device are eager.
     """
-    global _last
+    global last
     triton = would_use_triton(x)
-    _last = "eager" if not triton else "interpreter" if _INTERPRET else "triton"
+    last = "eager" if not triton else "interpreter" if _INTERPRET else "triton"
     return triton
 
 
@@ -64,24 +65,6 @@ def would_use_triton(x: Tensor) -> bool:
     if _forced != "eager" and (x.is_cuda or _INTERPRET or _forced == "triton"):
         return _kernels_can_run(x)
     return False
-
-
-def plain_cpu(x: Tensor) -> bool:
-    """True if a call on `x` runs eager PyTorch on a CPU without autocast: what the quickest paths need to know.
-
-    If so, the call is recorded as eager. Not for use under torch.compile."""
-    global _last
-    # A tensor that stands for a GPU's where there is none (CONTRIBUTING.md) says yes to both.
-    if x.is_cuda or not x.is_cpu or _INTERPRET or _forced == "triton" or torch._C._is_any_autocast_enabled():
-        return False
-    _last = "eager"
-    return True
-
-
-def note_eager() -> None:
-    """Record that a call ran eager for a reason of its own, so that `last_backend` tells the truth."""
-    global _last
-    _last = "eager"
 
 
 def _kernels_can_run(x: Tensor) -> bool:
@@ -111,7 +94,7 @@ def get_backend() -> str:
 
 def last_backend() -> str | None:
     """What ran the last call: ``"triton"``, ``"interpreter"`` (Triton's own), ``"eager"``, or None."""
-    return _last
+    return last
 
 
 def set_backend(backend: str) -> None:
@@ -127,6 +110,7 @@ def set_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     _forced = backend
+    plan.change_switches(backend)
 
 
 @contextlib.contextmanager

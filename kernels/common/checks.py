@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
-FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
-"""Which attention takes too, for inference."""
 
 
 def describe(value: Any) -> str:
@@ -55,3 +53,15 @@ def dropout_probability(value: Any, argument: str = "dropout_p") -> None:
         fail_type(argument, "a number in [0, 1]", value)
     if not 0.0 <= value <= 1.0:  # also catches NaN
         fail_value(argument, "a number in [0, 1]", value)
+
+
+def one_of(argument: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if not isinstance(value, (str, bool, type(None))) or value not in allowed:
+        fail_value(argument, f"one of {', '.join(map(str, allowed))}", value)
+
+
+def not_negative(argument: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a number that is not negative."""
+    if not isinstance(value, (int, float)) or not value >= 0.0:
+        fail_value(argument, "a number that is not negative", value)

@@ -7,21 +7,21 @@ same order, without atomics: two runs give the same bits.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device as gpu
+from .plan import launch
 
 BLOCK_P = tl.constexpr(32)
 BLOCK_N = tl.constexpr(64)
 
 
 @triton.jit
-def add_up_columns(partial_ptrs, out_ptrs, rows, strides, widths, JOBS: tl.constexpr):
+def add_up_columns(partial_ptrs, out_ptrs, rows, offsets, strides, widths, JOBS: tl.constexpr):
     """Sum the rows of JOBS matrices; the programs of the launch share their columns, BLOCK_N at a time."""
     blocks = 0
     for job in tl.static_range(JOBS):
@@ -37,7 +37,8 @@ def add_up_columns(partial_ptrs, out_ptrs, rows, strides, widths, JOBS: tl.const
                 for start in range(0, rows[job], BLOCK_P):
                     offs_p = start + tl.arange(0, BLOCK_P)
                     inside = (offs_p < rows[job])[:, None] & column_ok[None, :]
-                    ptrs = partial_ptrs[job] + offs_p.to(tl.int64)[:, None] * strides[job] + offs_n[None, :]
+                    ptrs = partial_ptrs[job] + offs_p.to(tl.int64)[:, None] * strides[job]
+                    ptrs += offsets[job] + offs_n[None, :]
                     total += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
                 out_ptr = out_ptrs[job]
                 tl.store(out_ptr + offs_n, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=column_ok)
@@ -45,47 +46,44 @@ def add_up_columns(partial_ptrs, out_ptrs, rows, strides, widths, JOBS: tl.const
 
 
 @triton.jit(do_not_specialize=["rows"])
-def column_sums_kernel(partial_ptrs, out_ptrs, rows, strides, widths, JOBS: tl.constexpr):
+def column_sums_kernel(partial_ptrs, out_ptrs, rows, offsets, strides, widths, JOBS: tl.constexpr):
     # One program sums BLOCK_N columns of one matrix over its rows: it reads each element once and writes each sum once.
-    add_up_columns(partial_ptrs, out_ptrs, rows, strides, widths, JOBS)
+    add_up_columns(partial_ptrs, out_ptrs, rows, offsets, strides, widths, JOBS)
+
+
+class Job(NamedTuple):
+    """One sum."""
+
+    partial: Tensor
+    """``[rows, ...]``, contiguous; a row holds the shares of one program."""
+    offset: int
+    """Of the first column to sum, in elements."""
+    rows: int
+    """So many of them are added up."""
+    out: Tensor
+    """``[width]``, filled."""
+
+
+def arguments(jobs: list[Job]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments of a kernel that calls `add_up_columns`: those that change from call to call, and those that do not."""
+    partials, offsets, rows, outs = zip(*jobs, strict=True) if jobs else ((), (), (), ())
+    strides, widths = tuple([t.stride(0) for t in partials]), tuple([t.shape[0] for t in outs])
+    return (partials, outs, rows), (offsets, strides, widths)
 
 
 class ColumnSums:
-    """Collects matrices to be summed over their rows; `launch` sums all of them at once.
-
-    Example:
-        >>> sums = ColumnSums()  # doctest: +SKIP
-        >>> dbias = sums.add(partial, torch.float16)  # filled by the launch
-        >>> sums.launch()
-    """
+    """Does jobs whose number and forms are always the same, in one launch."""
 
     def __init__(self) -> None:
-        self._jobs: list[tuple[Tensor, Tensor]] = []
+        self._launch: Callable[..., None] | None = None
+        self._programs = 0
 
-    def add(self, partial: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The sum of `partial` ``[rows, width]`` (unit column stride) over its rows, ``[width]``, not yet filled: `out`
-        if that is given, else a new tensor."""
-        if out is None:
-            out = torch.empty(partial.shape[1], dtype=dtype, device=partial.device)
-        self._jobs.append((partial, out))
-        return out
-
-    def take(self) -> tuple[tuple[Any, ...], int]:
-        """All jobs as arguments of a kernel that calls `add_up_columns`, and their number; none are left here."""
-        jobs = [(partial, out) for partial, out in self._jobs if out.numel()]
-        self._jobs = []
-        partials, outs = (tuple(side) for side in zip(*jobs, strict=True)) if jobs else ((), ())
-        rows, strides, widths = (
-            tuple(p.shape[0] for p in partials), tuple(p.stride(0) for p in partials), tuple(o.shape[0] for o in outs),
-        )  # fmt: skip
-        return (partials, outs, rows, strides, widths), len(jobs)
-
-    def launch(self) -> None:
-        """Fill what `add` returned."""
-        arguments, jobs = self.take()
+    def __call__(self, jobs: list[Job]) -> None:
+        """Launch the kernel."""
         if not jobs:
             return
-        outs = arguments[1]
-        programs = sum(triton.cdiv(out.shape[0], BLOCK_N.value) for out in outs)
-        with gpu.on_device_of(outs[0]):
-            column_sums_kernel[(programs,)](*arguments, JOBS=jobs, **gpu.COMPILE_OPTIONS)
+        changing, fixed = arguments(jobs)
+        if self._launch is None:
+            self._programs = sum(triton.cdiv(width, BLOCK_N.value) for width in fixed[2])
+            self._launch = launch(column_sums_kernel, jobs[0].out.device.index, *fixed, JOBS=len(jobs))
+        self._launch(self._programs, 1, *changing)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,6 +46,66 @@ def require_supported_triton() -> None:
     import triton
 
     require_supported(torch.__version__, triton.__version__)
+
+
+def tf32_allowed() -> bool:
+    """True if torch's switches let float32 products round their inputs to TF32."""
+    return _fp32_precision() == "tf32"
+
+
+def _fp32_precision() -> str:
+    # Not allow_tf32: reading that raises once a program has used the newer switch.
+    return str(torch.backends.cuda.matmul.fp32_precision)
+
+
+_GETTER: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
+if _GETTER is not None:  # what the attribute reads, at a sixth of its price
+    _fp32_precision = functools.partial(_GETTER, "cuda", "matmul")  # type: ignore[assignment]
+
+
+def quick_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without its look at the arguments for torch.func, under whose transforms it must not run."""
+    apply = getattr(super(torch.autograd.Function, function), "apply", None)
+    return function.apply if apply is None else apply
+
+
+class DirectLaunch(NamedTuple):
+    """How to launch a compiled kernel without Triton's argument binder."""
+
+    run: Callable[..., None]
+    """``(x, y, z, stream, *handles, launch_metadata, enter_hook, exit_hook, *arguments)``"""
+    handles: tuple[Any, Any]
+    stream: Callable[[int | None], int]
+    """The current stream of a device, as the driver's handle."""
+    hooks: tuple[list[Any], list[Any]]
+    """Triton's launch hooks; while there are any, launches have to go through the JIT."""
+
+
+def direct_launch(compiled: Any, kernel: Any, changing: tuple[Any, ...]) -> DirectLaunch | None:
+    """How to launch again what Triton's JIT has just launched; None where only the JIT can.
+
+    That is so under Triton's interpreter, where another program stands in for the JIT, and for numbers past 31 bits,
+    whose type is not that of smaller ones. The same in Triton 3.6 to 3.9.
+
+    Raises:
+        AssertionError: a number among the arguments that change is specialised, so that another would not fit.
+    """
+    from triton import knobs
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    if not isinstance(kernel, JITFunction) or JITFunction.run.__module__ != "triton.runtime.jit" or compiled is None:
+        return None
+    for parameter, value in zip(kernel.params, changing, strict=False):
+        numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, int)]
+        assert parameter.do_not_specialize or not numbers, f"{kernel.__name__}: {parameter.name} is specialised"
+        if not all(-(2**31) <= n < 2**31 for n in numbers):
+            return None
+    runtime = knobs.runtime
+    return DirectLaunch(
+        compiled.run, (compiled.function, compiled.packed_metadata), driver.active.get_current_stream,
+        (runtime.launch_enter_hook.calls, runtime.launch_exit_hook.calls),
+    )  # fmt: skip
 
 
 def launcher_without_driver(launch: Any) -> AbstractContextManager[Any]:

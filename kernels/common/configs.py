@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple, TypeVar
 from torch import Tensor
 
 from . import device as gpu
-from . import tuned
+from . import plan, tuned
 
 Key = TypeVar("Key", bound=Hashable)
 Config = TypeVar("Config", bound=NamedTuple)
@@ -67,7 +67,9 @@ class ConfigTable(Generic[Key, Config]):
     def forced(self, config: Config) -> Iterator[None]:
         """Inside, every launch has this configuration."""
         before, self._forced = self._forced, config
+        plan.change_switches()
         try:
             yield
         finally:
             self._forced = before
+            plan.change_switches()

@@ -1,15 +1,417 @@
-"""What every family's wiring shares: operators of ``torch.library``, the autocast rule, first derivatives only."""
+"""Operations: from a declaration the call path, the `autograd.Function`, the `torch.library` operator and its rules."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import backend, compat, dropout, plan
+from .plan import Plan, Plans
+
 _LIBRARY = torch.library.Library("fusenc", "FRAGMENT")
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "bool": "bool", "bool | None": "bool?",
+    "int": "SymInt", "str": "str", "torch.dtype": "ScalarType",
+}  # fmt: skip
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool)
+Prepare = tuple[tuple[int, Callable[[Tensor], Tensor]], ...]
+"""Conversions of arguments, by position."""
+
+
+@dataclass(eq=False)
+class Operation:
+    """A differentiable function of tensors with kernels, as a family declares it; calling it runs it.
+
+    A call looks up the plan of its signature. If there is none, all arguments are checked and a plan is made: for the
+    kernels, or of eager PyTorch. Under torch.compile the call becomes one operator.
+
+    `forward` and `backward` are given example tensors, and return functions that launch on tensors like them. They
+    must not keep the examples.
+    """
+
+    name: str
+    tensors: type[tuple]
+    """NamedTuple of all tensors: the differentiable ones, the others, the keys of the dropouts."""
+    options: type[tuple]
+    """NamedTuple of the numbers, as `check` gives them."""
+    differentiable: int
+    """How many of the tensors have gradients: the first ones."""
+    outputs: int
+    """How many of `forward`'s results a caller gets; the rest is for the backward pass."""
+    results: int
+    """How many results `forward` has."""
+    signature: Callable[..., Hashable]
+    """``(*tensors, *sizes)``: what checks and choices depend on, of the tensors."""
+    check: Callable[..., tuple[Prepare, Any]]
+    """``(tensors, options, sizes, autocast)``: raises for bad arguments; conversions of tensors, and the numbers."""
+    eager: Callable[..., tuple[Tensor | None, ...]]
+    """``(tensors, numbers, *sizes)``: the outputs in plain PyTorch, differentiable."""
+    forward: Callable[..., Callable[..., tuple[Tensor | None, ...]]]
+    """``(tensors, numbers, sizes, needs)`` to a function of ``(*tensors, *sizes)``, which gives all results. `needs`:
+    which of the first tensors need gradients; empty: none, so nothing has to be kept."""
+    keep: Callable[..., tuple[Tensor | None, ...]]
+    """``(tensors, results, numbers)``: what the backward pass is given."""
+    backward: Callable[..., Callable[..., tuple[Tensor | None, ...]]]
+    """``(grads, saved, numbers, sizes, needs)`` to a function of ``(grads, saved, *sizes)``: the gradients."""
+    fake: Callable[..., tuple[Tensor | None, ...]] | None = None
+    """``(tensors, numbers, sizes, needs)``: empty tensors like all results of the kernels; None: no operator."""
+    instead: Callable[..., Callable[..., Any] | None] | None = None
+    """``(tensors, numbers, autocast)``: a differentiable function ``(*tensors, *sizes)`` that serves such calls, or
+    None."""
+    sizes: tuple[str, ...] = ()
+    """Names of numbers that differ from batch to batch."""
+    dropouts: tuple[str, ...] = ()
+    """The options that are probabilities of a dropout; the last tensors are their keys."""
+    cast: int = 0
+    """So many first tensors are cast under autocast,"""
+    cast_to: torch.dtype | None = None
+    """to this dtype, or to autocast's own."""
+    grad_signature: Callable[..., Hashable] = plan.of_gradients
+    """As `signature`, of the gradients of the outputs."""
+    backward_is_differentiable: bool = False
+    """The functions that `backward` makes can be differentiated in turn."""
+
+    def __post_init__(self) -> None:
+        self.plans, self._raw_plans, self._raw_backwards = Plans(), Plans(), Plans()
+        self._fields = len(self.tensors._fields)  # type: ignore[attr-defined]
+        rest = self._fields - self.differentiable + len(self.sizes)
+        self.no_gradients, self.no_keys = (None,) * rest, (None,) * len(self.dropouts)
+        if self.fake is not None:
+            self._register()
+
+    # A call in eager mode
+
+    def __call__(self, tensors: tuple[Any, ...], options: tuple[Any, ...], sizes: tuple[int, ...] = ()) -> Any:
+        """The outputs, for the tensors that a caller gives, options as `check` takes them, and sizes."""
+        if torch.compiler.is_compiling():
+            return self._traced(tensors, options, sizes)
+        found: Plan | None = None
+        key: Hashable = None
+        needs: tuple[bool, ...] = ()
+        autocast = None
+        try:
+            if torch.is_grad_enabled():
+                needs = tuple([t is not None and t.requires_grad for t in tensors[: self.differentiable]])
+            if torch._C._is_any_autocast_enabled():
+                autocast = _autocast_dtype(tensors[0])
+            key = (self.signature(*tensors, *sizes), options, needs, autocast, plan.switches)
+            found = self.plans.found.get(key)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            key = None  # no tensors, or such that have no memory (torch.func, fake tensors)
+        if found is None:
+            found = self._plan(key, tensors, options, sizes, needs, autocast)
+        found.recent, backend.last = True, found.backend
+        if found.prepare:
+            tensors = _apply(found.prepare, tensors)
+        if found.seeds:
+            return found.call(*tensors, *_draw(found.seeds, tensors[0]), *sizes)
+        return found.call(*tensors, *self.no_keys, *sizes)
+
+    def _plan(
+        self, key: Hashable, tensors: tuple[Any, ...], options: tuple[Any, ...], sizes: tuple[int, ...],
+        needs: tuple[bool, ...], autocast: torch.dtype | None,
+    ) -> Plan:  # fmt: skip
+        prepare, examples, numbers = self._checked(tensors, options, sizes, autocast)
+        x = examples[0]
+        other = self._other(examples, numbers, autocast)
+        if other is not None:
+            made = Plan(backend.last, prepare, call=other)
+            return self.plans.add(key, made) if key is not None else made
+        seeds = tuple(getattr(numbers, name) > 0.0 for name in self.dropouts)
+        kernels = backend.use_triton(x)
+        made = Plan(backend.last, prepare, seeds if any(seeds) else ())
+        if kernels:
+            if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in examples):
+                raise RuntimeError(
+                    "fusenc's kernels do not run under torch.func's transforms; instead of vmap, give them the batch "
+                    "as dimension 0"
+                )
+            keys = [torch.empty(1, dtype=torch.int64, device=x.device) if drops else None for drops in seeds]
+            needed = needs if True in needs else ()
+            launch = self.forward(self.tensors(*examples, *keys), numbers, sizes, needed)
+            made.call = launch
+            if needed:
+                made.operation, made.numbers, made.launch, made.backwards = self, numbers, launch, Plans()
+                made.call = functools.partial(_apply_kernels, made)
+        else:
+            made.call = functools.partial(self._eager, numbers, autocast is not None)
+        return self.plans.add(key, made) if key is not None else made
+
+    def _checked(
+        self, tensors: tuple[Any, ...], options: tuple[Any, ...], sizes: tuple[int, ...], autocast: torch.dtype | None
+    ) -> tuple[Prepare, tuple[Any, ...], Any]:
+        """Conversions, tensors after them, and numbers; raises for bad arguments."""
+        casts: Prepare = ()
+        if autocast is not None:
+            dtype = self.cast_to or autocast
+            casts = tuple(
+                (i, functools.partial(_cast, dtype=dtype))
+                for i, t in enumerate(tensors[: self.cast]) if _is_cast(t, dtype)
+            )  # fmt: skip
+        examples = _apply(casts, tensors)
+        prepare, numbers = self.check(examples, options, sizes, autocast is not None)
+        return (*casts, *prepare), _apply(prepare, examples), numbers
+
+    def _other(self, tensors: tuple[Any, ...], numbers: Any, autocast: torch.dtype | None) -> Any:
+        if self.instead is None:
+            return None
+        return self.instead(self.tensors(*tensors, *self.no_keys), numbers, autocast is not None)
+
+    def _eager(self, numbers: Any, autocast: bool, *arguments: Any) -> Any:
+        tensors = self.tensors(*arguments[: self._fields])
+        if not autocast:
+            return self.eager(tensors, numbers, *arguments[self._fields :])
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return self.eager(tensors, numbers, *arguments[self._fields :])
+
+    # Under torch.compile
+
+    def _traced(self, tensors: tuple[Any, ...], options: tuple[Any, ...], sizes: tuple[int, ...]) -> Any:
+        autocast = _autocast_dtype(tensors[0]) if isinstance(tensors[0], Tensor) else None
+        _, tensors, numbers = self._checked(tensors, options, sizes, autocast)
+        other = self._other(tensors, numbers, autocast)
+        if other is not None:
+            return other(*tensors, *self.no_keys, *sizes)
+        seeds = tuple(getattr(numbers, name) > 0.0 for name in self.dropouts)
+        keys = _draw(seeds, tensors[0]) if any(seeds) else (None,) * len(seeds)
+        needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors[: self.differentiable]]
+        if autocast is None:
+            return self.operator(*tensors, *keys, *numbers, *sizes, needs)[: self.outputs]
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return self.operator(*tensors, *keys, *numbers, *sizes, needs)[: self.outputs]
+
+    def _register(self) -> None:
+        tensors, numbers = (
+            ", ".join(f"{_SCHEMA_TYPES[kind.__forward_arg__]} {name}" for name, kind in of.__annotations__.items())
+            for of in (self.tensors, self.options)
+        )
+        sizes = "".join(f", SymInt {name}" for name in self.sizes)
+        results = ", ".join(["Tensor"] * self.results)
+        self.operator = _define(
+            f"{self.name}({tensors}, {numbers}{sizes}, bool[] needs) -> ({results})",
+            self._operator,
+            self._fake_operator,
+        )
+        self.backward_operator = _define(
+            f"{self.name}_backward(Tensor?[] grads, Tensor?[] saved, {numbers}{sizes}, bool[] needs, SymInt[] like)"
+            " -> Tensor[]",
+            self._backward_operator, self._fake_backward,
+        )  # fmt: skip
+        torch.library.register_autograd(f"fusenc::{self.name}", self._gradients, setup_context=self._save, lib=_LIBRARY)
+        for device_type in ("cpu", "cuda"):
+            rule = functools.partial(self._autocast_rule, device_type)
+            _LIBRARY.impl(self.name, rule, f"Autocast{device_type.upper()}")
+
+    def _split(self, arguments: Sequence[Any]) -> tuple[Any, Any, tuple[int, ...], tuple[bool, ...]]:
+        """Tensors, numbers, sizes and needs of an operator's arguments."""
+        end = self._fields + len(self.options._fields)  # type: ignore[attr-defined]
+        tensors, numbers = self.tensors(*arguments[: self._fields]), self.options(*arguments[self._fields : end])
+        needs = tuple(arguments[-1])
+        return tensors, numbers, tuple(arguments[end:-1]), needs if True in needs else ()
+
+    def _operator(self, *arguments: Any) -> tuple[Tensor, ...]:
+        tensors, numbers, sizes, needs = self._split(arguments)
+        if backend.use_triton(tensors[0]):
+            key = (_signatures(tensors), numbers, sizes, needs, plan.switches)
+            found = self._raw_plans.found.get(key) or self._raw_plans.add(
+                key, Plan(backend.last, call=self.forward(tensors, numbers, sizes, needs))
+            )
+            found.recent = True
+            results = found.call(*tensors, *sizes)
+        else:
+            results = self.eager(tensors, numbers, *sizes)
+            results = (*results, *[None] * (self.results - len(results)))
+        return _tensors_only(tensors[0], results)
+
+    def _fake_results(self, arguments: Sequence[Any]) -> tuple[Tensor | None, ...]:
+        tensors, numbers, sizes, needs = self._split(arguments)
+        kernels = backend.would_use_triton(tensors[0])
+        results = self.fake(tensors, numbers, sizes, needs if kernels else ())  # type: ignore[misc]
+        return results if kernels else (*results[: self.outputs], *[None] * (self.results - self.outputs))
+
+    def _fake_operator(self, *arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(arguments[0].new_empty(0) if t is None else t for t in self._fake_results(arguments))
+
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors, ctx.numbers, ctx.operation_sizes, ctx.needs = self._split(inputs)
+        there = self._fake_results(inputs)
+        ctx.there = [t is not None for t in there[: self.outputs]]
+        saved: Any = tensors
+        if backend.would_use_triton(tensors[0]):
+            results = tuple(t if f is not None else None for t, f in zip(output, there, strict=True))
+            saved = self.keep(tensors, results, ctx.numbers)
+        ctx.save_for_backward(*saved)
+        ctx.like = []
+        for t in tensors[: self.differentiable]:
+            ctx.like += [-1] if t is None else [_DTYPES.index(t.dtype), t.dim(), *t.shape]
+        ctx.set_materialize_grads(False)
+
+    def _gradients(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [g if there else None for g, there in zip(grads[: self.outputs], ctx.there, strict=True)]
+        needs = [bool(n) for n in ctx.needs_input_grad[: self.differentiable]]
+        found = self.backward_operator(
+            given, list(ctx.saved_tensors), *ctx.numbers, *ctx.operation_sizes, needs, ctx.like
+        )
+        used = [g if need else None for g, need in zip(found, needs, strict=True)]
+        rest = self._fields - self.differentiable + len(ctx.numbers) + len(ctx.operation_sizes) + 1
+        return (*used, *[None] * rest)
+
+    def _split_backward(self, numbers: Sequence[Any]) -> tuple[Any, tuple[int, ...]]:
+        end = len(self.options._fields)  # type: ignore[attr-defined]
+        return self.options(*numbers[:end]), tuple(numbers[end:])
+
+    def _backward_operator(self, grads: list[Any], saved: list[Any], *rest: Any) -> list[Tensor]:
+        *given, needs, like = rest
+        numbers, sizes = self._split_backward(given)
+        first = next(g for g in (*grads, *saved) if g is not None)
+        if backend.use_triton(first):
+            key = (_signatures((*grads, *saved)), numbers, sizes, tuple(needs), plan.switches)
+            found = self._raw_backwards.found.get(key) or self._raw_backwards.add(
+                key, Plan(backend.last, call=self.backward(grads, saved, numbers, sizes, tuple(needs)))
+            )
+            found.recent = True
+            results = found.call(grads, saved, *sizes)
+        else:
+            results = self._eager_gradients(grads, saved, numbers, sizes, needs)
+        found = [t if need else None for t, need in zip(results, needs, strict=True)]
+        return list(_tensors_only(first, found, of_dtype=_like_dtypes(like)))
+
+    def _eager_gradients(
+        self, grads: list[Any], tensors: list[Any], numbers: Any, sizes: tuple[int, ...], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Gradients by autograd through the eager path, run again."""
+        with torch.enable_grad():
+            leaves: list[Any] = [t if t is None else t.detach() for t in tensors]
+            wanted = [t.requires_grad_() for t, need in zip(leaves, needs, strict=False) if need]
+            outputs = self.eager(self.tensors(*leaves), numbers, *sizes)
+            pairs = [(out, g) for out, g in zip(outputs, grads, strict=False) if out is not None and g is not None]
+            given, upstream = [out for out, _ in pairs], [g for _, g in pairs]
+            found = iter(torch.autograd.grad(given, wanted, upstream, allow_unused=True, materialize_grads=True))
+        return [next(found) if need else None for need in needs]
+
+    def _fake_backward(self, grads: list[Any], saved: list[Any], *rest: Any) -> list[Tensor]:
+        needs, like = rest[-2:]
+        first = next(g for g in (*grads, *saved) if g is not None)
+        found, at = [], 0
+        for need in needs:
+            code, size = like[at], []
+            at += 1
+            if code >= 0:
+                size = like[at + 1 : at + 1 + like[at]]
+                at += 1 + like[at]
+            found.append(first.new_empty(size if need else [0], dtype=_DTYPES[max(code, 0)]))
+        return found
+
+    def _autocast_rule(self, device_type: str, *arguments: Any) -> Any:
+        dtype = self.cast_to or torch.get_autocast_dtype(device_type)
+        cast = [_cast(t, dtype) if _is_cast(t, dtype) else t for t in arguments[: self.cast]]
+        with torch.autocast(device_type, enabled=False):
+            return self.operator(*cast, *arguments[len(cast) :])
+
+
+def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define ``fusenc::<schema>`` for every device."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusenc::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.fusenc, name).default
+
+
+def _tensors_only(like: Tensor, results: Sequence[Any], of_dtype: Sequence[Any] | None = None) -> tuple[Tensor, ...]:
+    """As an operator returns them: contiguous, each with memory of its own, empty in the place of None."""
+    found: list[Tensor] = []
+    for i, t in enumerate(results):
+        if t is None:
+            t = like.new_empty(0, dtype=like.dtype if of_dtype is None else of_dtype[i])
+        t = t.contiguous()
+        found.append(t.clone() if any(t is other for other in found) else t)
+    return tuple(found)
+
+
+def _like_dtypes(like: Sequence[int]) -> list[torch.dtype]:
+    found, at = [], 0
+    while at < len(like):
+        found.append(_DTYPES[max(like[at], 0)])
+        at += 1 if like[at] < 0 else 2 + like[at + 1]
+    return found
+
+
+def _signatures(tensors: Sequence[Tensor | None]) -> Hashable:
+    """All that a kernel could depend on of any tensors."""
+    return tuple([plan.of_parameter(t) for t in tensors])
+
+
+def _apply(prepare: Prepare, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not prepare:
+        return tensors
+    changed = list(tensors)
+    for i, convert in prepare:
+        changed[i] = convert(changed[i])
+    return tuple(changed)
+
+
+def _draw(drops: tuple[bool, ...], x: Tensor) -> tuple[Tensor | None, ...]:
+    """A key for each dropout that drops, in one draw."""
+    drawn = iter(dropout.new_seed(x, sum(drops)).split(1))
+    return tuple([next(drawn) if each else None for each in drops])
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of the autocast in force for the device of `x`."""
+    return torch.get_autocast_dtype(x.device.type) if backend.autocast_enabled(x) else None
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype)
+
+
+def _is_cast(t: Any, dtype: torch.dtype) -> bool:
+    return isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in (torch.float64, dtype)
+
+
+class _Kernels(torch.autograd.Function):
+    """The kernels of any operation in eager mode, with gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, made: Plan, *arguments: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        operation, results = made.operation, made.launch(*arguments)
+        fields = operation._fields
+        ctx.save_for_backward(*operation.keep(arguments[:fields], results, made.numbers))
+        ctx.made, ctx.sizes = made, arguments[fields:]
+        ctx.set_materialize_grads(False)
+        return results[: operation.outputs]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if not torch.is_grad_enabled() or ctx.made.operation.backward_is_differentiable:
+            return _run_backward(ctx, grads)
+        with torch.no_grad():
+            results = _run_backward(ctx, grads)
+        depends_on = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        return tuple(None if r is None else _NoSecondDerivative.apply(r, *depends_on) for r in results)
+
+
+_apply_kernels = compat.quick_apply(_Kernels)
+
+
+def _run_backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    if grads[0] is None and all(g is None for g in grads):
+        return (None,) * len(ctx.needs_input_grad)
+    made, saved = ctx.made, ctx.saved_tensors
+    operation = made.operation
+    needs = ctx.needs_input_grad[1 : operation.differentiable + 1]
+    key = (needs, operation.grad_signature(*grads), plan.switches)
+    found = made.backwards.found.get(key)
+    if found is None:
+        launch = operation.backward(grads, saved, made.numbers, ctx.sizes, needs)
+        found = made.backwards.add(key, Plan(made.backend, call=launch))
+    return (None, *found.call(grads, saved, *ctx.sizes), *operation.no_gradients)
 
 
 def register(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import device as gpu
+from . import device, plan
 
 VERSION = 1
 """Of the tables' form and of what their choices mean: raised when a name no longer stands for the same code."""
@@ -45,6 +45,7 @@ def forget() -> None:
     """Read the tables anew at the next call."""
     _choices.clear()
     _answers.clear()
+    plan.change_switches()
 
 
 def _first_answer(operation: str, device_index: int | None, dtype: torch.dtype, sizes: tuple[int, ...]) -> str | None:
@@ -59,7 +60,7 @@ def _first_answer(operation: str, device_index: int | None, dtype: torch.dtype, 
 
 def bucket(size: int) -> int:
     """The power of two that stands for a size: the least one that is not below it."""
-    return gpu.power_of_2(min(size, _LARGEST))
+    return device.power_of_2(min(size, _LARGEST))
 
 
 def text_of(operation: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str:
@@ -70,13 +71,6 @@ def text_of(operation: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str:
 def section_of(gpu: str) -> str:
     """Under what a table keeps the choices of a GPU: they hold for that GPU, table version and version of Triton."""
     return f"{gpu} | fusenc table {VERSION} | Triton {_triton_version()}"
-
-
-def gpu_name(index: int | None) -> str | None:
-    """The GPU's name as its driver gives it, None where there is no GPU."""
-    if not torch.cuda.is_available() or not gpu.architecture(index):
-        return None
-    return str(torch.cuda.get_device_name(index or 0))
 
 
 @functools.cache
@@ -119,7 +113,7 @@ def _is_section(section: Any) -> bool:
 
 
 def _read_tables(device_index: int | None) -> dict[str, str]:
-    gpu = gpu_name(device_index)
+    gpu = device.name(device_index)
     if gpu is None:
         return {}
     named = os.environ.get(ENVIRONMENT)

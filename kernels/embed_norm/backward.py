@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -12,43 +13,26 @@ from torch import Tensor
 from ..common import device as gpu
 from ..common import dropout
 from ..common.blocks import dropout_keep
-from ..common.column_sums import ColumnSums
+from ..common.column_sums import BLOCK_N, BLOCK_P, add_up_columns
+from ..common.plan import as_rows, launch, row_stride
+from .arguments import Options, Tables
 from .blocks import (
-    as_rows,
+    as_read,
     chunk_of_rows,
-    grid,
     held_rows,
-    lookup_arguments,
+    layout,
     row_chunk,
-    row_chunks,
+    sharing,
     sum_chunk,
-    tiling,
     tokens_of,
 )
-from .eager import Options, Tables
 
 
-@triton.jit
-def output_gradient(
-    dout_ptr, seed_ptr, row, ok, chunk, stride, width, dropout_threshold, keep_scale,
-    DROPOUT: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """C columns of dropout(dout), float32 ``[BM, C]``."""
-    dout = chunk_of_rows(dout_ptr, row, ok, chunk, stride, width, C, EVEN).to(tl.float32)
-    if DROPOUT:
-        keep = dropout_keep(tl.load(seed_ptr), row, chunk * C, dropout_threshold, C)
-        dout = tl.where(keep, dout * keep_scale, 0.0)
-    return dout
-
-
-@triton.jit(do_not_specialize=["rows", "length", "parts", "parts_per_program", "tiles", "positions"])
+@triton.jit(do_not_specialize=["rows", "length", "parts", "parts_per_program", "tiles", "counts"])
 def embed_norm_backward_kernel(
-    word_ptr, position_ptr, type_ptr, ids_ptr, position_ids_ptr, type_ids_ptr, weight_ptr, seed_ptr,
-    dout_ptr, mean_ptr, rstd_ptr, dz_ptr, partial_ptr, vocabulary, positions, types,
-    rows, length, parts, parts_per_program, tiles, stride_do, width, dropout_threshold, keep_scale,
-    POSITION: tl.constexpr, HAS_POSITION_IDS: tl.constexpr, TYPE: tl.constexpr, HAS_TYPE_IDS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, DROPOUT: tl.constexpr, RMS: tl.constexpr, HELD: tl.constexpr,
-    NORM_SUMS: tl.constexpr, TYPE_SUMS: tl.constexpr,
+    tables, dout_ptr, statistics_ptr, dz_ptr, partial_ptr, rows, length, parts, parts_per_program, tiles,
+    counts, stride_do, width, dropout_threshold, keep_scale, RMS: tl.constexpr, HELD: tl.constexpr,
+    HELD_TYPES: tl.constexpr, NORM_SUMS: tl.constexpr, TYPE_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     # The programs of the forward pass again. One reads each of its tokens' dout once and, instead of a saved sum, the
@@ -61,104 +45,61 @@ def embed_norm_backward_kernel(
     # A token with an id out of range gives 0 to all.
     column = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     column_ok = column < length
-    held = held_rows(
-        position_ptr, type_ptr, column, column_ok, types, width, POSITION, TYPE, HAS_TYPE_IDS, CHUNKS, C, EVEN
-    )
-    weight = ()
-    if HAS_WEIGHT and HELD:
-        weight = row_chunks(weight_ptr, width, CHUNKS, C, EVEN)
-    dweight, dbias, dfirst, dsecond = (), (), (), ()
-    for _ in tl.static_range(CHUNKS):
-        if NORM_SUMS:
-            dweight = dweight + (tl.zeros((BLOCK_M, C), tl.float32),)
-            dbias = dbias + (tl.zeros((BLOCK_M, C), tl.float32),)
-        if TYPE_SUMS >= 1:
-            dfirst = dfirst + (tl.zeros((BLOCK_M, C), tl.float32),)
-        if TYPE_SUMS == 2:
-            dsecond = dsecond + (tl.zeros((BLOCK_M, C), tl.float32),)
+    held = held_rows(tables, counts, column, column_ok, width, HELD, HELD_TYPES, CHUNKS, C, EVEN)
+    SUMS: tl.constexpr = NORM_SUMS + TYPE_SUMS
+    sums = ()  # of all kinds for each chunk
+    for _ in tl.static_range(CHUNKS * SUMS):
+        sums = sums + (tl.zeros((BLOCK_M, C), tl.float32),)
     first = (tl.program_id(0) // tiles) * parts_per_program
     for part in range(first, tl.minimum(first + parts_per_program, parts)):
         row = tl.cast(part, tl.int64) * length + column
         row_ok = column_ok & (row < rows)
-        word, position, type_, ok = tokens_of(
-            row, row_ok, column, ids_ptr, position_ids_ptr, type_ids_ptr, vocabulary, positions, types,
-            POSITION, HAS_POSITION_IDS, TYPE, HAS_TYPE_IDS,
-        )  # fmt: skip
-        rstd = tl.load(rstd_ptr + row, mask=ok, other=0.0)[:, None]
-        if not RMS:
-            mean = tl.load(mean_ptr + row, mask=ok, other=0.0)[:, None]
-        normed, grads, new_dweight, new_dbias = (), (), (), ()
+        token = tokens_of(tables, counts, row, row_ok, column)
+        type_, ok = token[2], token[3]
+        rstd = tl.load(statistics_ptr + row, mask=ok, other=0.0)[:, None]
+        mean = 0.0 if RMS else tl.load(statistics_ptr + rows + row, mask=ok, other=0.0)[:, None]
+        normed, grads, norms, new_sums = (), (), (), ()
         sum_g = tl.zeros((BLOCK_M, C), tl.float32)
         sum_gx = tl.zeros((BLOCK_M, C), tl.float32)
         for chunk in tl.static_range(CHUNKS):
-            xhat = sum_chunk(
-                word_ptr, position_ptr, type_ptr, word, position, type_, ok, held, chunk, width,
-                POSITION, TYPE, HAS_TYPE_IDS, C, EVEN,
-            )  # fmt: skip
-            if not RMS:
-                xhat = xhat - mean
-            xhat = xhat * rstd
-            g = output_gradient(
-                dout_ptr, seed_ptr, row, ok, chunk, stride_do, width, dropout_threshold, keep_scale, DROPOUT, C, EVEN
-            )
-            if NORM_SUMS:
-                new_dweight = new_dweight + (dweight[chunk] + g * xhat,)
-                new_dbias = new_dbias + (dbias[chunk] + g,)
-            if HAS_WEIGHT:
-                w = weight[chunk] if HELD else row_chunk(weight_ptr, chunk, width, C, EVEN)
+            xhat = (sum_chunk(tables, token, held, chunk, width, HELD, HELD_TYPES, C, EVEN) - mean) * rstd
+            g = chunk_of_rows(dout_ptr, row, ok, chunk, stride_do, width, C, EVEN).to(tl.float32)
+            if tables.seed is not None:
+                keep = dropout_keep(tl.load(tables.seed), row, chunk * C, dropout_threshold, C)
+                g = tl.where(keep, g * keep_scale, 0.0)
+            if NORM_SUMS > 0:
+                norms = norms + ((sums[chunk * SUMS] + g * xhat, sums[chunk * SUMS + 1] + g),)
+            if tables.norm_weight is not None:
+                w = held[3][chunk] if HELD else row_chunk(tables.norm_weight, chunk, width, C, EVEN)
                 g *= w.to(tl.float32)
             sum_g += g
             sum_gx += g * xhat
             normed = normed + (xhat,)
             grads = grads + (g,)
-        dweight, dbias = new_dweight, new_dbias
         mean_gx = (tl.sum(sum_gx, 1) / width)[:, None]
-        if not RMS:
-            mean_g = (tl.sum(sum_g, 1) / width)[:, None]
-        new_dfirst, new_dsecond = (), ()
+        mean_g = 0.0 if RMS else (tl.sum(sum_g, 1) / width)[:, None]
         for chunk in tl.static_range(CHUNKS):
-            dz = grads[chunk] - normed[chunk] * mean_gx
-            if not RMS:
-                dz = dz - mean_g
-            dz = dz * rstd
+            dz = (grads[chunk] - normed[chunk] * mean_gx - mean_g) * rstd
             columns = chunk * C + tl.arange(0, C)
             inside = row_ok[:, None] if EVEN else row_ok[:, None] & (columns < width)[None, :]
             tl.store(dz_ptr + row[:, None] * width + columns[None, :], dz.to(dz_ptr.dtype.element_ty), mask=inside)
-            if TYPE_SUMS == 1:
-                new_dfirst = new_dfirst + (dfirst[chunk] + dz,)
-            if TYPE_SUMS == 2:
-                new_dfirst = new_dfirst + (dfirst[chunk] + tl.where(type_[:, None] == 0, dz, 0.0),)
-                new_dsecond = new_dsecond + (dsecond[chunk] + tl.where(type_[:, None] == 0, 0.0, dz),)
-        dfirst, dsecond = new_dfirst, new_dsecond
-    sums = partial_ptr + tl.program_id(0).to(tl.int64) * ((2 if NORM_SUMS else 0) + TYPE_SUMS) * width
-    if NORM_SUMS:
-        store_sums(sums, dweight, width, CHUNKS, C, EVEN)
-        store_sums(sums + width, dbias, width, CHUNKS, C, EVEN)
-        sums += 2 * width
-    if TYPE_SUMS >= 1:
-        store_sums(sums, dfirst, width, CHUNKS, C, EVEN)
-    if TYPE_SUMS == 2:
-        store_sums(sums + width, dsecond, width, CHUNKS, C, EVEN)
+            if NORM_SUMS > 0:
+                new_sums = new_sums + norms[chunk]
+            for t in tl.static_range(TYPE_SUMS):
+                of_type = tl.where(type_[:, None] == t, dz, 0.0) if TYPE_SUMS > 1 else dz
+                new_sums = new_sums + (sums[chunk * SUMS + NORM_SUMS + t] + of_type,)
+        sums = new_sums
+    for i in tl.static_range(CHUNKS * SUMS):
+        columns = (i // SUMS) * C + tl.arange(0, C)
+        partial = partial_ptr + (tl.program_id(0).to(tl.int64) * SUMS + i % SUMS) * width
+        tl.store(partial + columns, tl.sum(sums[i], 0), mask=columns < width)
 
 
-@triton.jit
-def store_sums(ptr, blocks, width, CHUNKS: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr):
-    """The sums over the rows of a program's tokens, as one row."""
-    for chunk in tl.static_range(CHUNKS):
-        columns = chunk * C + tl.arange(0, C)
-        if EVEN:
-            tl.store(ptr + columns, tl.sum(blocks[chunk], 0))
-        else:
-            tl.store(ptr + columns, tl.sum(blocks[chunk], 0), mask=columns < width)
-
-
-@triton.jit(do_not_specialize=["rows", "length", "parts", "parts_per_program", "tiles", "positions"])
+@triton.jit(do_not_specialize=["rows", "length", "parts", "parts_per_program", "tiles", "counts"])
 def embed_norm_columns_kernel(
-    word_ptr, position_ptr, type_ptr, ids_ptr, position_ids_ptr, type_ids_ptr, seed_ptr,
-    dout_ptr, mean_ptr, rstd_ptr, partial_ptr, vocabulary, positions, types,
-    rows, length, parts, parts_per_program, tiles, stride_do, width, dropout_threshold, keep_scale,
-    POSITION: tl.constexpr, HAS_POSITION_IDS: tl.constexpr, TYPE: tl.constexpr, HAS_TYPE_IDS: tl.constexpr,
-    DROPOUT: tl.constexpr, RMS: tl.constexpr, BLOCK_M: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr,
+    tables, dout_ptr, statistics_ptr, partial_ptr, rows, length, parts, parts_per_program, tiles,
+    counts, stride_do, width, dropout_threshold, keep_scale,
+    RMS: tl.constexpr, BLOCK_M: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     # For rows so wide that a program's registers cannot hold the sums beside them: one program takes C columns of some
     # tokens, reads dout and the rows of the tables once more, and writes its share of dweight and dbias once.
@@ -169,21 +110,15 @@ def embed_norm_columns_kernel(
     first = (tl.program_id(0) // tiles) * parts_per_program
     for part in range(first, tl.minimum(first + parts_per_program, parts)):
         row = tl.cast(part, tl.int64) * length + column
-        word, position, type_, ok = tokens_of(
-            row, (column < length) & (row < rows), column, ids_ptr, position_ids_ptr, type_ids_ptr,
-            vocabulary, positions, types, POSITION, HAS_POSITION_IDS, TYPE, HAS_TYPE_IDS,
-        )  # fmt: skip
-        xhat = chunk_of_rows(word_ptr, word, ok, chunk, width, width, C, EVEN).to(tl.float32)
-        if TYPE != "none":
-            xhat += chunk_of_rows(type_ptr, type_, ok, chunk, width, width, C, EVEN).to(tl.float32)
-        if POSITION != "none":
-            xhat += chunk_of_rows(position_ptr, position, ok, chunk, width, width, C, EVEN).to(tl.float32)
-        if not RMS:
-            xhat -= tl.load(mean_ptr + row, mask=ok, other=0.0)[:, None]
-        xhat *= tl.load(rstd_ptr + row, mask=ok, other=0.0)[:, None]
-        dout = output_gradient(
-            dout_ptr, seed_ptr, row, ok, chunk, stride_do, width, dropout_threshold, keep_scale, DROPOUT, C, EVEN
-        )
+        token = tokens_of(tables, counts, row, (column < length) & (row < rows), column)
+        ok = token[3]
+        rstd = tl.load(statistics_ptr + row, mask=ok, other=0.0)[:, None]
+        mean = 0.0 if RMS else tl.load(statistics_ptr + rows + row, mask=ok, other=0.0)[:, None]
+        xhat = (sum_chunk(tables, token, ((), (), ()), chunk, width, False, False, C, EVEN) - mean) * rstd
+        dout = chunk_of_rows(dout_ptr, row, ok, chunk, stride_do, width, C, EVEN).to(tl.float32)
+        if tables.seed is not None:
+            keep = dropout_keep(tl.load(tables.seed), row, chunk * C, dropout_threshold, C)
+            dout = tl.where(keep, dout * keep_scale, 0.0)
         dweight += dout * xhat
         dbias += dout
     columns = chunk * C + tl.arange(0, C)
@@ -238,8 +173,8 @@ def segment_joins_kernel(
     first, after = stretch * STRETCH, (stretch + 1) * STRETCH
     if after < tokens:
         table_row = tl.load(sorted_ptr + after - 1).to(tl.int64)
-        begins_here = (tl.load(sorted_ptr + first).to(tl.int64) != table_row) | (first == 0)
-        begins_here = begins_here | (tl.load(sorted_ptr + tl.maximum(first - 1, 0)).to(tl.int64) != table_row)
+        before = tl.load(sorted_ptr + tl.maximum(first - 1, 0)).to(tl.int64)
+        begins_here = (tl.load(sorted_ptr + first).to(tl.int64) != table_row) | (first == 0) | (before != table_row)
         wanted = (table_row >= 0) & (table_row < table_rows) & (table_row != padding)
         goes_on = wanted & begins_here & (tl.load(sorted_ptr + after).to(tl.int64) == table_row)
         if goes_on:
@@ -259,103 +194,125 @@ def segment_joins_kernel(
             tl.store(row, (end + tl.sum(total, 0)).to(out_ptr.dtype.element_ty), mask=column_ok)
 
 
-_STRETCH = 32
-_BLOCK_P = 16
-_BLOCK_N = 256
+@triton.jit(do_not_specialize=["rows", "length", "sequences", "positions"])
+def embed_norm_sums_kernel(
+    dz_ptr, dposition_ptr, partial_ptrs, out_ptrs, rows, length, sequences, positions, width, offsets, strides, widths,
+    JOBS: tl.constexpr,
+):  # fmt: skip
+    # One program adds up BLOCK_N columns of the gradients of a position over the sequences, each read once; a position
+    # past the sequences gets 0. On the side the programs sum the rows of partial matrices.
+    if dposition_ptr is not None:
+        position = tl.program_id(0) // tl.cdiv(width, BLOCK_N)
+        columns = tl.program_id(0) % tl.cdiv(width, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+        column_ok = columns < tl.where(position < positions, width, 0)
+        total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+        for start in range(0, tl.where(position < length, sequences, 0), BLOCK_P):
+            sequence = start + tl.arange(0, BLOCK_P)
+            row = (sequence.to(tl.int64) * length + position)[:, None]
+            inside = (sequence < sequences)[:, None] & column_ok[None, :]
+            total += tl.load(dz_ptr + row * width + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        out = dposition_ptr + position.to(tl.int64) * width + columns
+        tl.store(out, tl.sum(total, 0).to(dposition_ptr.dtype.element_ty), mask=column_ok)
+    add_up_columns(partial_ptrs, out_ptrs, rows, offsets, strides, widths, JOBS)
 
 
-def segment_sums(dz: Tensor, ids: Tensor, table_rows: int, dtype: torch.dtype, padding: int = -1) -> Tensor:
-    """Launch both kernels: for each row of a table the sum of ``dz [tokens, width]`` over the tokens whose id it is.
+_STRETCH, _BLOCK_P, _BLOCK_N = 32, 16, 256
+
+
+def segment_sums(like: Any, padding: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A function of a table, ``dz [tokens, width]`` and ids that launches both kernels: the gradient of the table, for
+    each row the sum of `dz` over the tokens whose id it is.
 
     The stable sort makes the order of the additions that of the tokens, whatever the GPU does; nothing waits for it.
     """
-    tokens, width = dz.shape
-    out = torch.zeros((table_rows, width), dtype=dtype, device=dz.device)
-    if dz.numel() == 0:
-        return out
-    in_order, order = torch.sort(ids, stable=True)
-    stretches = triton.cdiv(tokens, _STRETCH)
-    partial = torch.empty((stretches, 2, width), dtype=torch.float32, device=dz.device)
+    (table_rows, width), index = like.shape, like.device.index
     block_n = min(_BLOCK_N, max(16, gpu.power_of_2(width)))
-    programs = (stretches, triton.cdiv(width, block_n))
-    with gpu.on_device_of(dz):
-        segment_sums_kernel[programs](
-            in_order, order, dz, out, partial, tokens, table_rows, padding, width,
-            STRETCH=_STRETCH, BLOCK_N=block_n, num_warps=1, **gpu.COMPILE_OPTIONS,
-        )  # fmt: skip
+    fixed, blocks = (table_rows, padding, width), triton.cdiv(width, block_n)
+    add = launch(segment_sums_kernel, index, *fixed, STRETCH=_STRETCH, BLOCK_N=block_n, num_warps=1)
+    join = launch(segment_joins_kernel, index, *fixed, STRETCH=_STRETCH, BLOCK_P=_BLOCK_P, BLOCK_N=block_n, num_warps=4)
+
+    def run(table: Tensor, dz: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(table)
+        in_order, order = torch.sort(ids.view(-1), stable=True)
+        tokens = in_order.shape[0]
+        stretches = -(-tokens // _STRETCH)
+        partial = torch.empty(stretches * 2 * width, dtype=torch.float32, device=dz.device)
+        add(stretches, blocks, in_order, order, dz, out, partial, tokens)
         if stretches > 1:
-            segment_joins_kernel[(stretches - 1, programs[1])](
-                in_order, partial, out, tokens, table_rows, padding, width,
-                STRETCH=_STRETCH, BLOCK_P=_BLOCK_P, BLOCK_N=block_n, num_warps=4, **gpu.COMPILE_OPTIONS,
-            )  # fmt: skip
-    return out
+            join(stretches - 1, blocks, in_order, partial, out, tokens)
+        return out
+
+    return run
 
 
 _PROGRAMS_PER_UNIT = 2
-_COLUMNS_TILE = (16, 64)
-"""Tokens and columns at a time of the sums for wide rows."""
+_COLUMNS = 1024  # at a time, of the sums for wide rows
 
 
 def embed_norm_backward(
-    dout: Tensor, mean: Tensor | None, rstd: Tensor, tables: Tables, options: Options, needs: Sequence[bool],
-    sums: ColumnSums,
-) -> list[Tensor | None]:  # fmt: skip
-    """Launch the kernels: the gradients of the five tables as far as `needs` says; some are filled by `sums.launch`."""
-    word, width, length = tables.word, tables.word.shape[1], tables.ids.shape[-1]
-    dtype, device = word.dtype, word.device
-    flat_do = as_rows(dout)
-    grads: list[Tensor | None] = [None] * 5
-    tensors = (tables.word, tables.position, tables.type, tables.norm_weight, tables.norm_bias)
-    if dout.numel() == 0:
-        return [torch.zeros_like(t) if want and t is not None else None for t, want in zip(tensors, needs, strict=True)]
-    dz = torch.empty(flat_do.shape, dtype=dout.dtype, device=device)
-    tile = tiling(width)
-    share = grid(tables, tile, _PROGRAMS_PER_UNIT)
-    pointers, counts, switches = lookup_arguments(tables, tile, dz)
-    types = counts[2] if needs[2] and tile.held and (counts[2] <= 2 or tables.type_ids is None) else 0
-    types = min(types, 1) if tables.type_ids is None else types
-    norm = 2 if needs[3] or needs[4] else 0
-    held_norm = norm if tile.held else 0
-    partial = torch.empty((share.programs, held_norm + types, width), dtype=torch.float32, device=device)
-    seed, mean = dz if tables.seed is None else tables.seed, rstd if mean is None else mean
-    numbers = (dropout.threshold(options.dropout_p), dropout.keep_scale(options.dropout_p))
-    weight = dz if tables.norm_weight is None else tables.norm_weight.contiguous()
-    common = {"DROPOUT": tables.seed is not None, "RMS": options.rms, **gpu.COMPILE_OPTIONS}
-    with gpu.on_device_of(word):
-        embed_norm_backward_kernel[(share.programs,)](
-            *pointers, weight, seed, flat_do, mean, rstd, dz, partial, *counts, *share, flat_do.stride(0), width,
-            *numbers, **switches, **common, HAS_WEIGHT=tables.norm_weight is not None, HELD=tile.held,
-            NORM_SUMS=held_norm > 0, TYPE_SUMS=types, num_warps=tile.num_warps,
-        )  # fmt: skip
-        norm_partial = partial
-        if norm > held_norm:
-            tile = tile._replace(block_m=_COLUMNS_TILE[0], chunk=_COLUMNS_TILE[1], even=width % _COLUMNS_TILE[1] == 0)
-            share = grid(tables, tile, 1)
-            norm_partial = torch.empty((share.programs, 2, width), dtype=torch.float32, device=device)
-            switches |= {"BLOCK_M": tile.block_m, "C": tile.chunk, "EVEN": tile.even}
-            del switches["CHUNKS"]
-            embed_norm_columns_kernel[(share.programs, triton.cdiv(width, tile.chunk))](
-                *pointers, seed, flat_do, mean, rstd, norm_partial, *counts, *share, flat_do.stride(0), width,
-                *numbers, **switches, **common,
+    dout: Tensor, like: Tables, options: Options, needs: Sequence[bool]
+) -> Callable[..., Sequence[Tensor | None]]:
+    """A function of upstream gradient, tables and statistics that launches the kernels: the gradients of the five
+    tables as far as `needs` says."""
+    need_word, need_position, need_type, need_weight, need_bias = needs
+    index, width, (plain, counts, constants) = like.word.device.index, like.word.shape[1], layout(like)
+    rowwise, held, types = dout.is_contiguous(), constants["HELD"], 0
+    if need_type and held:  # types whose gradients a program sums in registers, beside those of weight and bias
+        types = 1 if like.type_ids is None else counts[2] if counts[2] <= 2 else 0
+    norms = 2 if need_weight or need_bias else 0
+    columns = (norms + types) * width
+    fixed = (
+        counts, row_stride(dout), width, dropout.threshold(options.dropout_p),
+        dropout.keep_scale(options.dropout_p),
+    )  # fmt: skip
+    go = launch(
+        embed_norm_backward_kernel, index, *fixed, RMS=options.rms, NORM_SUMS=norms if held else 0, TYPE_SUMS=types,
+        **constants,
+    )  # fmt: skip
+    share = sharing(like, _PROGRAMS_PER_UNIT * gpu.compute_units(index), constants["BLOCK_M"])
+    sum_columns = launch(
+        embed_norm_columns_kernel, index, *fixed, RMS=options.rms, BLOCK_M=constants["BLOCK_M"], C=_COLUMNS,
+        EVEN=width % _COLUMNS == 0,
+    )  # fmt: skip
+    counted = need_position and like.position_ids is None
+    gathered = (need_word, need_position and not counted, need_type and not types)
+    segments = [(i, segment_sums(like[i], options.padding_idx if i == 0 else -1)) for i in range(3) if gathered[i]]
+    # Sums of partial rows: place of the gradient, first column, columns.
+    jobs = [(3, 0, width)] * need_weight + [(4, width, width)] * need_bias
+    jobs += [(2, norms * width, types * width)] * (types > 0)
+    places, offsets, widths = zip(*jobs, strict=True) if jobs else ((), (), ())
+    finish = launch(
+        embed_norm_sums_kernel, index, counts[1], width, offsets, (columns,) * len(jobs), widths, JOBS=len(jobs)
+    )
+    blocks = [-(-w // BLOCK_N.value) for w in (width, *widths)]
+    finishers = max(counts[1] * blocks[0] if counted else 0, sum(blocks[1:]))
+
+    def run(grads: Sequence[Tensor], saved: Sequence[Any]) -> Sequence[Tensor | None]:
+        tables: Any = Tables(*saved[:-1]) if plain else as_read(Tables(*saved[:-1]))
+        (dout,), ids, statistics = grads, tables.ids, saved[-1]
+        if ids.numel() == 0:
+            return [torch.zeros_like(t) if need else None for t, need in zip(tables, needs, strict=False)]
+        dout = dout if rowwise else as_rows(dout)
+        dz = torch.empty_like(dout, memory_format=torch.contiguous_format)
+        programs, numbers = share(ids)
+        partial = torch.empty(programs * columns, dtype=torch.float32, device=dz.device) if columns else None
+        go(programs, 1, tables, dout, statistics, dz, partial, *numbers)
+        if norms and not held:
+            sum_columns(programs, -(-width // _COLUMNS), tables, dout, statistics, partial, *numbers)
+        found: list[Tensor | None] = [None] * 5
+        for i, add_up in segments:
+            of_tokens = tables[5 + i]
+            found[i] = add_up(tables[i], dz, torch.zeros_like(ids) if of_tokens is None else of_tokens)
+        for i in places:
+            found[i] = torch.zeros_like(tables[i]) if i == 2 and types < counts[2] else torch.empty_like(tables[i])
+        if counted:
+            found[1] = torch.empty_like(tables.position)
+        if finishers:
+            length, outs = ids.shape[-1], tuple([found[i] for i in places])
+            finish(
+                finishers, 1, dz, found[1] if counted else None, (partial,) * len(outs), outs,
+                (programs,) * len(outs), length, ids.numel() // length,
             )  # fmt: skip
-    if needs[3]:
-        grads[3] = sums.add(norm_partial[:, 0], dtype)
-    if needs[4]:
-        grads[4] = sums.add(norm_partial[:, 1], dtype)
-    if needs[0]:
-        grads[0] = segment_sums(dz, pointers[3], counts[0], dtype, options.padding_idx)
-    if needs[1] and tables.position_ids is not None:
-        grads[1] = segment_sums(dz, pointers[4], counts[1], dtype)
-    elif needs[1]:
-        grads[1] = dposition = torch.empty((counts[1], width), dtype=dtype, device=device)
-        dposition[length:].zero_()
-        sums.add(dz.view(-1, length * width), dtype, dposition[:length].view(-1))
-    if types:
-        grads[2] = dtype_rows = torch.empty((counts[2], width), dtype=dtype, device=device)
-        dtype_rows[types:].zero_()
-        for i in range(types):
-            sums.add(partial[:, held_norm + i], dtype, dtype_rows[i])
-    elif needs[2]:
-        ids = pointers[5] if tables.type_ids is not None else torch.zeros_like(pointers[3])
-        grads[2] = segment_sums(dz, ids, counts[2], dtype)
-    return grads
+        return found
+
+    return run

@@ -1,136 +1,119 @@
-"""embed_norm's wiring: one implementation behind the autograd function (eager mode) and the operator (compiled)."""
+"""embed_norm as an operation: what its call path, autograd function and torch.library operator are made from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..common import backend, operator
+from ..common import checks, plan
+from ..common.operator import Operation, Prepare
 from . import eager
-from .eager import Options, Tables
+from .arguments import Options, Tables
 
-DIFFERENTIABLE = 5
-_TENSORS = len(Tables._fields)
-_INPUTS = _TENSORS + len(Options._fields)
-
-
-def forward(tables: Tables, options: Options, store_statistics: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Output, and on request means (None for "rms" on the kernels) and reciprocal deviations, on whichever backend
-    serves the word table."""
-    if backend.use_triton(tables.word):
-        from .forward import embed_norm_forward
-
-        if options.check_ids:
-            eager.require_ids_in_range(tables)
-        return embed_norm_forward(tables, options, store_statistics)
-    if options.check_ids and not tables.ids.is_cpu:
-        eager.require_ids_in_range(tables)
-    out = eager.embed_norm(tables, options)
-    return (out, *(eager.statistics(tables, options) if store_statistics else (None, None)))
+NORMS = ("layer", "rms")
+ID_DTYPES = frozenset({torch.int64, torch.int32})
 
 
-def backward(
-    dout: Tensor, mean: Any, rstd: Tensor, tables: Tables, options: Options, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients of the five tables, each only if `needs` says so, on whichever backend serves the word table."""
-    if backend.use_triton(tables.word):
-        from ..common.column_sums import ColumnSums
-        from .backward import embed_norm_backward
-
-        sums = ColumnSums()
-        grads = embed_norm_backward(dout, mean, rstd, tables, options, needs, sums)  # type: ignore[arg-type]
-        sums.launch()
-        return grads
-    return eager.embed_norm_backward(dout, mean, rstd, tables, options, needs)
-
-
-class EmbedNorm(torch.autograd.Function):
-    """The kernels in eager mode, with gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:  # type: ignore[override]
-        tables, options = Tables(*inputs[:_TENSORS]), Options(*inputs[_TENSORS:])
-        out, mean, rstd = forward(tables, options, True)
-        ctx.save_for_backward(mean, rstd, *tables)
-        ctx.options = options
-        return out
-
-    @staticmethod
-    @operator.first_derivative
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        mean, rstd, *tables = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:DIFFERENTIABLE]
-        grads = backward(dout, mean, rstd, Tables(*tables), ctx.options, needs)
-        return (*grads, *[None] * (_INPUTS - DIFFERENTIABLE))
-
-
-def _operator_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tables, options, save = Tables(*arguments[:_TENSORS]), Options(*arguments[_TENSORS:-1]), arguments[-1]
-    out, mean, rstd = forward(tables, options, save)
-    # An operator returns tensors only, each with memory of its own.
-    nothing = [out.new_empty(0, dtype=_statistics_dtype(tables.word)) for _ in range(2)]
-    return out.contiguous(), nothing[0] if mean is None else mean, nothing[1] if rstd is None else rstd
-
-
-def _statistics_dtype(word: Tensor) -> torch.dtype:
-    return torch.promote_types(word.dtype, torch.float32)
-
-
-def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tables, options, save = Tables(*arguments[:_TENSORS]), Options(*arguments[_TENSORS:-1]), arguments[-1]
-    word, dtype = tables.word, _statistics_dtype(tables.word)
-    tokens = tables.ids.numel() if save else 0
+def _signature(
+    word: Tensor, position: Tensor | None, types: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    ids: Tensor, position_ids: Tensor | None, type_ids: Tensor | None,
+) -> Hashable:  # fmt: skip
+    of, shape = plan.of_parameter, ids.shape
     return (
-        word.new_empty((*tables.ids.shape, word.shape[1]), dtype=dtype if options.wide else word.dtype),
-        word.new_empty(0 if options.rms else tokens, dtype=dtype),
-        word.new_empty(tokens, dtype=dtype),
+        of(word), of(position), of(types), of(norm_weight), of(norm_bias), _of_ids(ids, shape), ids.numel() >> 31,
+        None if position_ids is None else _of_ids(position_ids, shape),
+        None if type_ids is None else _of_ids(type_ids, shape), position is None or position.shape[0] >= shape[-1],
+    )  # fmt: skip
+
+
+def _of_ids(ids: Tensor, shape: torch.Size) -> Hashable:
+    return (
+        ids.dtype, ids.device, ids.is_contiguous(), ids.data_ptr() & 15, 2 if ids.shape == shape else _fit(ids, shape)
+    )  # fmt: skip
+
+
+def _fit(ids: Tensor, shape: torch.Size) -> bool:
+    """True if ids broadcast to a shape."""
+    return ids.dim() <= len(shape) and all(
+        n == 1 or n == m for n, m in zip(reversed(ids.shape), reversed(shape), strict=False)
     )
 
 
-def _operator_backward(dout: Tensor, mean: Tensor, rstd: Tensor, *rest: Any) -> list[Tensor]:
-    tables, options, needs = Tables(*rest[:_TENSORS]), Options(*rest[_TENSORS:-1]), rest[-1]
-    grads = backward(dout, mean, rstd, tables, options, needs)
-    return [rstd.new_empty(0, dtype=tables.word.dtype) if grad is None else grad.contiguous() for grad in grads]
+def _check(tensors: Any, options: Any, sizes: Any, autocast: bool) -> tuple[Prepare, Options]:
+    word, position, types, norm_weight, norm_bias, ids, position_ids, type_ids = tensors
+    norm, eps, dropout_p, training, padding_idx, check_ids = options
+    checks.dropout_probability(dropout_p)
+    checks.one_of("norm", norm, NORMS)
+    checks.not_negative("eps", eps)
+    checks.floating_tensor("word_weight", word)
+    if word.dim() != 2 or word.shape[0] == 0 or word.shape[1] == 0:
+        checks.fail_value("word_weight", "shape [vocabulary, width], neither of them 0", word)
+    rows, width = word.shape
+    for name, table, ids_name, value in (
+        ("word_weight", word, "input_ids", ids), ("position_weight", position, "position_ids", position_ids),
+        ("type_weight", types, "token_type_ids", type_ids),
+    ):  # fmt: skip
+        if table is not None:
+            checks.same_kind(name, table, "word_weight", word)
+            if table.dim() != 2 or table.shape[1] != width:
+                checks.fail_value(name, f"shape [rows, {width}], the width of word_weight", table)
+            least = ids.shape[-1] if table is position and value is None else 1
+            if table.shape[0] < least:
+                checks.fail_value(name, f"at least {least} rows", table)
+        if value is None and name != "word_weight":
+            continue
+        if not isinstance(value, Tensor) or value.dtype not in ID_DTYPES:
+            checks.fail_type(ids_name, "an int64 or int32 tensor", value)
+        if value.device != word.device:
+            checks.fail_value(ids_name, f"device {word.device}, that of word_weight", value)
+        if ids.dim() == 0:
+            checks.fail_value("input_ids", "at least one dimension", ids)
+        if table is None:
+            checks.fail_value(ids_name, f"None, since there is no {name}", value)
+        if not _fit(value, ids.shape):
+            checks.fail_value(ids_name, f"a shape that broadcasts to {list(ids.shape)}, that of input_ids", value)
+    for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if value is not None:
+            checks.same_kind(name, value, "word_weight", word)
+            if checks.differ(value.shape, word.shape[1:]):
+                checks.fail_value(name, f"shape [{width}], the width of word_weight", value)
+    if padding_idx is not None and (not isinstance(padding_idx, int) or not -rows <= padding_idx < rows):
+        checks.fail_value("padding_idx", f"an integer from {-rows} to {rows - 1}", padding_idx)
+    return (), Options(
+        float(dropout_p) if training else 0.0, float(eps), norm == "rms",
+        -1 if padding_idx is None else padding_idx % rows,
+        autocast and word.dtype != torch.float64, bool(check_ids),
+    )  # fmt: skip
 
 
-def _fake_backward(dout: Tensor, mean: Tensor, rstd: Tensor, *rest: Any) -> list[Tensor]:
-    tables, needs = rest[:DIFFERENTIABLE], rest[-1]
-    return [
-        tables[0].new_empty(t.shape if want and t is not None else 0) for t, want in zip(tables, needs, strict=True)
-    ]
+def _forward(tables: Tables, options: Options, sizes: Any, needs: tuple[bool, ...]) -> Callable[..., Any]:
+    from .forward import embed_norm_forward
+
+    return embed_norm_forward(tables, options, needs)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:], *inputs[:_TENSORS])
-    ctx.options = Options(*inputs[_TENSORS:-1])
+def _backward(
+    grads: Sequence[Any], saved: Sequence[Any], options: Options, sizes: Any, needs: Sequence[bool]
+) -> Callable[..., Any]:
+    from .backward import embed_norm_backward
+
+    return embed_norm_backward(grads[0], Tables(*saved[:-1]), options, needs)
 
 
-def _gradients(ctx: Any, dout: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    mean, rstd, *tables = ctx.saved_tensors
-    needs = [bool(want) for want in ctx.needs_input_grad[:DIFFERENTIABLE]]
-    grads = embed_norm_backward_operator(dout, mean, rstd, *tables, *ctx.options, needs)
-    needed = (grad if want else None for grad, want in zip(grads, needs, strict=True))
-    return (*needed, *[None] * (_INPUTS - DIFFERENTIABLE + 1))
+def _fake(tables: Tables, options: Options, sizes: Any, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    word, ids = tables.word, tables.ids
+    return (
+        word.new_empty((*ids.shape, word.shape[1]), dtype=torch.float32 if options.wide else word.dtype),
+        word.new_empty(ids.numel() if options.rms else 2 * ids.numel(), dtype=torch.float32) if needs else None,
+    )
 
 
-_ARGUMENTS = (
-    "Tensor word, Tensor? position, Tensor? type, Tensor? norm_weight, Tensor? norm_bias, Tensor ids, "
-    "Tensor? position_ids, Tensor? type_ids, Tensor? seed, float dropout_p, float eps, bool rms, int padding_idx, "
-    "bool wide, bool check_ids"
-)
-embed_norm_backward_operator = operator.register(
-    f"embed_norm_backward(Tensor dout, Tensor mean, Tensor rstd, {_ARGUMENTS}, bool[] needs) -> Tensor[]",
-    _operator_backward,
-    _fake_backward,
-)
-embed_norm_operator = operator.register(
-    f"embed_norm({_ARGUMENTS}, bool save) -> (Tensor, Tensor, Tensor)",
-    _operator_forward,
-    _fake_forward,
-    setup_context=_save,
-    backward=_gradients,
-    cast=0,  # the public function asks for float32 where autocast has it; tables are read as they are
-)
+EMBED_NORM = Operation(
+    "embed_norm", Tables, Options, differentiable=5, outputs=1, results=2, signature=_signature, check=_check,
+    eager=lambda tables, options: (eager.embed_norm(tables, options),), forward=_forward,
+    keep=lambda tables, results, options: (*tables, results[1]), backward=_backward, fake=_fake,
+    dropouts=("dropout_p",),
+)  # fmt: skip

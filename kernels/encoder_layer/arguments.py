@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ..attention.api import assemble
-from ..attention.arguments import Inputs
 from ..attention.arguments import Options as AttentionOptions
+from ..attention.arguments import Tensors as AttentionTensors
 
 
 class LayerWeights(NamedTuple):
@@ -35,27 +34,30 @@ class LayerWeights(NamedTuple):
     norm2_bias: Tensor | None
 
 
-class Masks(NamedTuple):
-    """What limits attention, as `attention` and `attention_varlen` take it."""
+class Tensors(NamedTuple):
+    """The tensors of a call: the source, the parameters, what limits attention, and the keys of the dropouts."""
 
-    attn_mask: Tensor | None = None
-    is_causal: bool = False
-    cu_seqlens: Tensor | None = None
-    max_seqlen: int = 0
-
-
-class Dropouts(NamedTuple):
-    """Probabilities: of attention's weights, of its projection, of the hidden activation, of the feed-forward."""
-
-    attention: float = 0.0
-    projection: float = 0.0
-    hidden: float = 0.0
-    output: float = 0.0
-
-    def spread(self, drawn: Iterable[Tensor]) -> list[Tensor | None]:
-        """What is drawn for the places that drop, with None for the others in between."""
-        rest = iter(drawn)
-        return [next(rest) if p > 0.0 else None for p in self]
+    src: Tensor
+    in_proj_weight: Tensor
+    in_proj_bias: Tensor | None
+    out_proj_weight: Tensor
+    out_proj_bias: Tensor | None
+    norm1_weight: Tensor | None
+    norm1_bias: Tensor | None
+    weight1: Tensor
+    bias1: Tensor | None
+    weight2: Tensor
+    bias2: Tensor | None
+    norm2_weight: Tensor | None
+    norm2_bias: Tensor | None
+    attn_mask: Tensor | None
+    """Four dimensions, each 1 or that of ``[B, H, L, L]``."""
+    cu_seqlens: Tensor | None
+    """int32 ``[B + 1]``, of a packed batch."""
+    attention_seed: Tensor | None = None
+    projection_seed: Tensor | None = None
+    hidden_seed: Tensor | None = None
+    output_seed: Tensor | None = None
 
 
 class Options(NamedTuple):
@@ -64,54 +66,56 @@ class Options(NamedTuple):
     nhead: int
     batch_first: bool
     norm_first: bool
-    activation: str | Callable[[Tensor], Tensor]
+    activation: str
+    """A name, or of a call that runs part by part a function."""
     eps1: float
     eps2: float
-    dropouts: Dropouts
+    is_causal: bool
+    attention_p: float = 0.0
+    """Probabilities of the dropouts: of the softmax weights, the projection, the hidden layer, the output."""
+    projection_p: float = 0.0
+    hidden_p: float = 0.0
+    output_p: float = 0.0
 
-    @property
-    def kernel_activation(self) -> str:
-        """The activation, of a call that the kernels serve."""
-        assert isinstance(self.activation, str)
-        return self.activation
 
-
-def views(qkv: Tensor, shape: Sequence[int], options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value ``[B, H, L, D]`` in their rows ``[T, 3 E]``; of a packed batch ``[1, H, T, D]``."""
-    split = qkv.view(*shape[:-1], 3, options.nhead, shape[-1] // options.nhead)
+def views(qkv: Tensor, shape: Sequence[int], options: Options) -> tuple[Tensor, ...]:
+    """Query, key and value ``[B, H, L, D]`` in their rows ``[T, 3 E]``; of a packed batch ``[T, H, D]``."""
+    nhead = options.nhead
+    split = qkv.view(*shape[:-1], 3, nhead, shape[-1] // nhead)
     if len(shape) == 2:
-        split = split[None]
-    elif not options.batch_first:
-        split = split.transpose(0, 1)
-    query, key, value = split.transpose(1, 3).unbind(2)
-    return query, key, value
+        return split.unbind(1)
+    return split.permute((2, 0, 3, 1, 4) if options.batch_first else (2, 1, 3, 0, 4)).unbind()
 
 
-def attention_call(
-    qkv: Tensor, shape: Sequence[int], masks: Masks, seed: Tensor | None, options: Options
-) -> tuple[Inputs, AttentionOptions]:
+def attention_tensors(
+    qkv: Tensor, shape: Sequence[int], attn_mask: Tensor | None, starts: Tensor | None, seed: Tensor | None,
+    options: Options,
+) -> AttentionTensors:  # fmt: skip
+    """The tensors of the attention call on the projections ``[T, 3 E]``."""
     query, key, value = views(qkv, shape, options)
-    starts, packed = masks.cu_seqlens, masks.cu_seqlens is not None
-    batch, length = query.shape[0], query.shape[2]
-    if starts is not None:
-        batch, length = starts.shape[0] - 1, masks.max_seqlen
-    inputs, call = assemble(
-        query, key, value, starts, starts, batch, length, length, packed, masks.attn_mask, 0.0, masks.is_causal,
-        None, None, None, None, None, "top_left", None,
+    return AttentionTensors(
+        query, key, value, attn_mask, seqlens_q=starts, seqlens_k=starts, seed=seed,
     )  # fmt: skip
-    return inputs._replace(seed=seed), call._replace(dropout_p=options.dropouts.attention)
 
 
-def as_rows(attended: Tensor, options: Options, rows: Tensor | None) -> Tensor:
-    """``[B, H, L, D]`` to ``[T, E]`` in the order of the source's rows; a view."""
-    assert rows is not None
+def attention_options(width: int, packed: bool, options: Options) -> AttentionOptions:
+    """The numbers of that call."""
+    right = 0 if options.is_causal else -1
+    return AttentionOptions((width // options.nhead) ** -0.5, options.attention_p, right=right, packed=packed)
+
+
+def as_rows(attended: Tensor, options: Options) -> Tensor:
+    """What attention returns as ``[T, E]`` in the order of the source's rows; a view."""
+    if attended.dim() == 3:
+        return attended.flatten(1)
     swapped = attended.transpose(1, 2) if options.batch_first else attended.permute(2, 0, 1, 3)
-    return swapped.reshape(rows.shape)
+    return swapped.reshape(-1, attended.shape[1] * attended.shape[3])
 
 
-def as_heads(rows: Tensor, attended: Tensor | None, options: Options) -> Tensor:
+def as_heads(rows: Tensor, attended: Tensor, options: Options) -> Tensor:
     """The other way round."""
-    assert attended is not None
+    if attended.dim() == 3:
+        return rows.view(attended.shape)
     batch, nhead, length, head_dim = attended.shape
     if options.batch_first:
         return rows.view(batch, length, nhead, head_dim).transpose(1, 2)

@@ -70,16 +70,16 @@ def tile_position(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G
 
 @triton.jit
 def product_block(
-    a_ptr, b_ptr, offs_m, offs_n, rows, columns, inner, stride_am, stride_ak, stride_bk, stride_bn,
+    a_ptr, b_ptr, offs_m, offs_n, rows, columns, inner, stride_am, stride_bk, stride_bn,
     TWO: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One block of ``a @ b``, accumulated in float32; with TWO also that `columns` columns further on, else the same
-    again."""
+    again. Rows of `a` have unit column stride."""
     offs_k = tl.arange(0, BLOCK_K)
     row = tl.minimum(offs_m, rows - 1).to(tl.int64)  # rows past the end repeat the last one and are never stored
     column_ok = (offs_n < columns)[None, :]
-    a_ptrs = a_ptr + row[:, None] * stride_am + offs_k.to(tl.int64)[None, :] * stride_ak
+    a_ptrs = a_ptr + row[:, None] * stride_am + offs_k.to(tl.int64)[None, :]
     b_ptrs = b_ptr + offs_k.to(tl.int64)[:, None] * stride_bk + offs_n.to(tl.int64)[None, :] * stride_bn
     to_second = tl.cast(columns, tl.int64) * stride_bn
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -87,7 +87,7 @@ def product_block(
     for start in range(0, inner, BLOCK_K):
         k_ok = start + offs_k < inner
         offset = tl.cast(start, tl.int64)
-        a = load_block(a_ptrs + offset * stride_ak, True, k_ok[None, :], False, not EVEN_K)
+        a = load_block(a_ptrs + offset, True, k_ok[None, :], False, not EVEN_K)
         b = load_block(b_ptrs + offset * stride_bk, k_ok[:, None], column_ok, not EVEN_K, not EVEN_N)
         acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
         if TWO:

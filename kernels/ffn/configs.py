@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -38,11 +38,6 @@ class Table(ConfigTable[tuple[int, bool], Config]):
         return self.look_up((x.element_size(), heavy), x, True, sizes)
 
 
-def family(x: Tensor) -> str:
-    """The kind of chip that `x` is on: those share configurations."""
-    return gpu.family(x.device.index)
-
-
 # Evidence: `fusenc inspect linear_act_kernel hidden_gradient_kernel` (docs/ffn.md). 128x256x64 with 8 warps and 3
 # stages reaches the bound of a plain product, 59 % on sm_80 and 70 % on sm_90; the epilogue is halved until nothing
 # spills. The general configurations fit 64 KiB of shared memory.
@@ -75,6 +70,16 @@ BACKWARD = Table(
 GROUP_M = 8
 
 
+def constants(config: Config, x: Tensor, columns: int) -> dict[str, Any]:
+    """The compile-time arguments of a product of ``x [rows, inner]`` with `columns` columns."""
+    block_m, block_n, block_k, num_warps, num_stages, halvings = config
+    return {
+        "EVEN_N": columns % block_n == 0, "EVEN_K": x.shape[1] % block_k == 0,
+        "INPUT_PRECISION": gpu.input_precision(x), "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+        "GROUP_M": GROUP_M, "HALVINGS": halvings, "num_warps": num_warps, "num_stages": num_stages,
+    }  # fmt: skip
+
+
 def pointwise_block(columns: int) -> tuple[int, int, int]:
     """Rows and columns of a pointwise kernel's block, and its warps: 16 elements of each array a thread."""
     block_n = min(256, max(16, gpu.power_of_2(columns)))
@@ -105,7 +110,7 @@ def use_fused(fused: bool | None, operation: str, x: Tensor, columns: int, inner
     measured = tuned.choice(operation, x.device.index, x.dtype, (gpu.power_of_2(x.shape[0]), columns, inner))
     if measured is not None:
         return measured == "fused"
-    limit = _LARGEST_INNER.get(family(x))
+    limit = _LARGEST_INNER.get(gpu.family(x.device.index))
     if limit is None:  # a chip that is not known, or none at all: the fewest kernels
         return True
     return x.element_size() == 2 and inner <= limit * _PASSES[operation]

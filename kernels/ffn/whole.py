@@ -1,28 +1,25 @@
 """The whole feed-forward block in one kernel, for narrow layers, and its launcher; docs/ffn_whole_block.md has the
 evidence."""
 
-# Tuples grow in the kernel, which is Triton's language.
-# mypy: disable-error-code="assignment,var-annotated"
-
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import device as gpu
+from ..common.plan import as_rows, launch, row_stride
 from .blocks import activation_and_slope
 
 
 @triton.jit(do_not_specialize=["rows"])
 def whole_ffn_kernel(
-    x_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, residual_ptr, out_ptr,
-    stride_xm, stride_w1n, stride_w2n, stride_rm, rows, hidden,
-    ACTIVATION: tl.constexpr, HAS_BIAS1: tl.constexpr, HAS_BIAS2: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, residual_ptr, out_ptr, rows,
+    stride_xm, stride_w1n, stride_w2n, stride_rm, hidden,
+    ACTIVATION: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # One program computes BLOCK_M rows of activation(x W1^T + bias1) W2^T + bias2 (+ residual). It reads its rows of x
     # (and residual) and both weights once and writes its rows once; the hidden activation never reaches memory.
@@ -40,7 +37,7 @@ def whole_ffn_kernel(
         h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for c in tl.static_range(CHUNKS):
             h = tl.dot(x[c], tl.load(weight1 + c * BLOCK_D), h)
-        if HAS_BIAS1:
+        if bias1_ptr is not None:
             h += tl.load(bias1_ptr + start + offs_n).to(tl.float32)[None, :]
         h, _ = activation_and_slope(h, ACTIVATION)
         h = h.to(x_ptr.dtype.element_ty)
@@ -52,9 +49,9 @@ def whole_ffn_kernel(
     for c in tl.static_range(CHUNKS):
         columns = c * BLOCK_D + offs_d
         out = acc[c]
-        if HAS_BIAS2:
+        if bias2_ptr is not None:
             out += tl.load(bias2_ptr + columns).to(tl.float32)[None, :]
-        if HAS_RESIDUAL:
+        if residual_ptr is not None:
             out += tl.load(residual_ptr + row * stride_rm + columns[None, :], mask=row_ok, other=0.0).to(tl.float32)
         tl.store(out_ptr + row * (CHUNKS * BLOCK_D) + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=row_ok)
 
@@ -79,51 +76,44 @@ _LEAST_FILL = 0.85
 to the end, where two products have columns to share out as well."""
 
 
-def serves(x: Tensor, weight1: Tensor, weight2: Tensor, architecture: str) -> bool:
-    """True if the kernel takes these arguments and its figures on `architecture` are better than two products'."""
+def serving(x: Tensor, weight1: Tensor, weight2: Tensor, architecture: str) -> WholeConfig | None:
+    """The configuration for tensors like these if the kernel takes them and its figures on `architecture` are better
+    than two products', where rows fill the chip; else None."""
     d_hidden, d_model = weight1.shape
     config = CONFIGS.get((architecture, d_model))
-    return (
+    taken = (
         config is not None and x.element_size() == 2 and weight2.shape[0] == d_model
-        and d_hidden % config.block_n == 0 and d_hidden >= 4 * d_model
-        and weight1.stride(1) == weight2.stride(1) == 1
-        and _fill(x.numel() // d_model, config, gpu.compute_units(x.device.index)) >= _LEAST_FILL
+        and d_hidden % config.block_n == 0 and d_hidden >= 4 * d_model and weight1.stride(1) == weight2.stride(1) == 1
     )  # fmt: skip
+    return config if taken else None
 
 
-def _fill(rows: int, config: WholeConfig, units: int) -> float:
-    programs = triton.cdiv(rows, config.block_m)
-    return programs / (max(triton.cdiv(programs, units), 1) * units)
+def fills(rows: int, config: WholeConfig, units: int) -> bool:
+    """True if the programs for so many rows fill the chip's units."""
+    programs = -(-rows // config.block_m)
+    return programs >= _LEAST_FILL * units * max(-(-programs // units), 1)
 
 
 def whole_ffn(
     x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, residual: Tensor | None,
-    activation: str, config: WholeConfig | None = None,
-) -> Tensor:  # fmt: skip
-    """Launch the kernel on arguments that `serves` is true of; `x` and `residual` are ``[..., d_model]``."""
+    activation: str, config: WholeConfig,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """A function of tensors like these that launches the kernel; `x` and `residual` are ``[..., d_model]``."""
     d_hidden, d_model = weight1.shape
-    if config is None:
-        config = CONFIGS[gpu.architecture(x.device.index), d_model]
-    flat = _rows(x)
-    rows = flat.shape[0]
-    out = torch.empty((rows, d_model), dtype=x.dtype, device=x.device)
-    if rows == 0:
-        return out.view(x.shape)
-    added = out if residual is None else _rows(residual)
-    with gpu.on_device_of(x):
-        whole_ffn_kernel[(triton.cdiv(rows, config.block_m),)](
-            flat, weight1, out if bias1 is None else bias1.contiguous(), weight2,
-            out if bias2 is None else bias2.contiguous(), added, out,
-            flat.stride(0), weight1.stride(0), weight2.stride(0), added.stride(0), rows, d_hidden,
-            ACTIVATION=activation, HAS_BIAS1=bias1 is not None, HAS_BIAS2=bias2 is not None,
-            HAS_RESIDUAL=residual is not None, CHUNKS=d_model // config.block_d, BLOCK_D=config.block_d,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            num_warps=config.num_warps, num_stages=config.num_stages, **gpu.COMPILE_OPTIONS,
-        )  # fmt: skip
-    return out.view(x.shape)
+    strides = (row_stride(x), weight1.stride(0), weight2.stride(0), 0 if residual is None else row_stride(residual))
+    go = launch(
+        whole_ffn_kernel, x.device.index, *strides, d_hidden,
+        ACTIVATION=activation, CHUNKS=d_model // config.block_d, BLOCK_D=config.block_d, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
 
+    def run(x: Tensor, weight1: Tensor, bias1: Any, weight2: Tensor, bias2: Any, residual: Any) -> Tensor:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        rows = x.numel() // d_model
+        if rows:
+            bias1, bias2 = None if bias1 is None else bias1.contiguous(), None if bias2 is None else bias2.contiguous()
+            added = None if residual is None else as_rows(residual)
+            go(-(-rows // config.block_m), 1, as_rows(x), weight1, bias1, weight2, bias2, added, out, rows)
+        return out
 
-def _rows(x: Tensor) -> Tensor:
-    """`x` as ``[rows, width]`` with unit column stride."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
+    return run

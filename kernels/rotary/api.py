@@ -1,16 +1,12 @@
-"""The public functions: arguments, checks, documentation."""
+"""The public functions and their documentation."""
 
 from __future__ import annotations
-
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..common import checks
-from . import op
-
-ID_DTYPES = frozenset({torch.int64, torch.int32})
+from .op import ROTARY
 
 
 def rotary(
@@ -56,19 +52,8 @@ def rotary(
         >>> query.shape, key.shape
         (torch.Size([2, 4, 5, 16]), torch.Size([2, 1, 5, 16]))
     """
-    try:
-        wrong = _wrong(query, key, cos, sin, position_ids)
-    except (AttributeError, TypeError, ValueError, IndexError):
-        wrong = True
-    if wrong:
-        _explain(query, key, cos, sin, position_ids)
-    arguments = (query, key, cos, sin, position_ids, interleaved, False)
-    if torch.compiler.is_compiling():
-        out, key_out = op.rotary_operator(*arguments)
-        return out, None if key is None else key_out
-    if torch.is_grad_enabled() and (query.requires_grad or (key is not None and key.requires_grad)):
-        return op.Rotary.apply(*arguments)
-    return op.rotate(*arguments)
+    out, key_out = ROTARY((query, key, cos, sin, position_ids), (interleaved, False))
+    return out, None if key is None else key_out
 
 
 def rotary_tables(
@@ -109,71 +94,3 @@ def rotary_tables(
     columns = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device)
     angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * base ** (-columns / rotary_dim)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def _wrong(query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> bool:
-    packed = query.dim() == 3
-    if packed:
-        tokens, _, head_size = query.shape
-        batch = 1
-    else:
-        batch, _, tokens, head_size = query.shape
-    dtype, device, table = query.dtype, query.device, cos.dim() == 2
-    return (
-        dtype not in checks.DTYPES or cos.dtype not in checks.DTYPES or sin.dtype is not cos.dtype
-        or cos.device != device or sin.device != device or cos.requires_grad or sin.requires_grad
-        or checks.differ(cos.shape, sin.shape) or cos.shape[-1] == 0
-        or (key is not None
-            and (key.dtype is not dtype or key.device != device or key.dim() != query.dim()
-                 or (key.shape[0] != tokens if packed else key.shape[0] != batch or key.shape[2] != tokens)
-                 or key.shape[-1] != head_size))
-        or (2 * cos.shape[-1] > head_size or (position_ids is None and cos.shape[0] < tokens) if table
-            else packed or cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != tokens
-            or cos.shape[2] > head_size or cos.shape[2] % 2 != 0 or position_ids is not None)
-        or (position_ids is not None
-            and (position_ids.dtype not in ID_DTYPES or position_ids.device != device or cos.shape[0] == 0
-                 or position_ids.shape[-1] != tokens or position_ids.dim() not in ((1,) if packed else (1, 2))
-                 or (position_ids.dim() == 2 and position_ids.shape[0] not in (1, batch))))
-    )  # fmt: skip
-
-
-def _explain(query: Any, key: Any, cos: Any, sin: Any, position_ids: Any) -> NoReturn:
-    checks.floating_tensor("query", query)
-    if query.dim() not in (3, 4):
-        checks.fail_value("query", "shape [B, H, L, D] or packed [T, H, D]", query)
-    packed = query.dim() == 3
-    batch, tokens = (1, query.shape[0]) if packed else (query.shape[0], query.shape[2])
-    head_size = query.shape[-1]
-    if key is not None:
-        checks.same_kind("key", key, "query", query)
-        shape = f"[{tokens}, heads, {head_size}]" if packed else f"[{batch}, heads, {tokens}, {head_size}]"
-        fits = key.dim() == query.dim() and key.shape[-1] == head_size
-        fits = fits and (key.shape[0] == tokens if packed else key.shape[0] == batch and key.shape[2] == tokens)
-        if not fits:
-            checks.fail_value("key", f"shape {shape}, to go with query", key)
-    for name, value in (("cos", cos), ("sin", sin)):
-        checks.floating_tensor(name, value)
-        if value.device != query.device:
-            checks.fail_value(name, f"device {query.device}, that of query", value)
-        if value.requires_grad:
-            checks.fail_value(name, "a tensor that requires no gradient, since it would get none", value)
-        forms = "[positions, R / 2]" if packed else f"[positions, R / 2], [1, {tokens}, R] or [{batch}, {tokens}, R]"
-        forms = f"shape {forms} with R from 2 to {head_size}"
-        if value.dim() == 2:
-            fits = 0 < 2 * value.shape[1] <= head_size and value.shape[0] >= (tokens if position_ids is None else 1)
-            forms += f" and at least {tokens if position_ids is None else 1} positions"
-        else:
-            fits = value.dim() == 3 and not packed and value.shape[0] in (1, batch) and value.shape[1] == tokens
-            fits = fits and 0 < value.shape[2] <= head_size and value.shape[2] % 2 == 0
-        if not fits:
-            checks.fail_value(name, forms, value)
-    if sin.dtype != cos.dtype:
-        checks.fail_type("sin", f"dtype {cos.dtype}, that of cos", sin)
-    if sin.shape != cos.shape:
-        checks.fail_value("sin", f"shape {list(cos.shape)}, that of cos", sin)
-    if not isinstance(position_ids, Tensor) or position_ids.dtype not in ID_DTYPES:
-        checks.fail_type("position_ids", "an int64 or int32 tensor or None", position_ids)
-    if cos.dim() == 3:
-        checks.fail_value("position_ids", "None, since cos has a row for each token", position_ids)
-    shapes = f"[{tokens}]" if packed else f"[{tokens}], [1, {tokens}] or [{batch}, {tokens}]"
-    checks.fail_value("position_ids", f"shape {shapes} on {query.device}", position_ids)

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from fusenc.kernels.common import dropout
-from fusenc.kernels.common.dropout import Site
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,12 +24,12 @@ def number(key: int, row: int, column: int) -> int:
     return counter[column % 8 // 2] >> 16 * (column % 2) & 0xFFFF
 
 
-def expected(key: int, site: Site) -> torch.Tensor:
-    rows = math.prod(site.shape[:-1])
-    firsts, count = (range(1), rows) if site.first_rows is None else (site.first_rows, site.shape[-2])
-    limit = round(site.dropout_p * 2**16)
-    kept = [[number(key, f + i, c) >= limit for c in range(site.shape[-1])] for f in firsts for i in range(count)]
-    return torch.tensor(kept, dtype=torch.float32).reshape(site.shape) * dropout.keep_scale(site.dropout_p)
+def expected(key: int, shape: tuple[int, ...], dropout_p: float, first_rows: tuple[int, ...] | None) -> torch.Tensor:
+    rows = math.prod(shape[:-1])
+    firsts, count = (range(1), rows) if first_rows is None else (first_rows, shape[-2])
+    limit = round(dropout_p * 2**16)
+    dropped = [[number(key, f + i, c) < limit for c in range(shape[-1])] for f in firsts for i in range(count)]
+    return torch.tensor(dropped, dtype=torch.bool).reshape(shape)
 
 
 @st.composite
@@ -42,25 +41,19 @@ def sites(draw):
         first_rows = tuple(
             draw(st.lists(st.sampled_from([0, 7, 2**32 - 1, 2**40 + 3]), min_size=heads, max_size=heads))
         )
-    return Site(shape, draw(st.sampled_from([0.0, 0.1, 0.5, 1.0 - 1e-7, 1.0])), first_rows)
+    return shape, draw(st.sampled_from([0.0, 0.1, 0.5, 1.0 - 1e-7, 1.0])), first_rows
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(sites(), min_size=1, max_size=4), st.integers(0, 999), st.booleans())
-def test_every_element_is_philoxs(sites, seed, in_parts):
-    keys = torch.randint(2**62, (len(sites),), generator=torch.Generator().manual_seed(seed))
-    few, chunk = dropout.FEW, dropout._CHUNK
-    dropout._plan.cache_clear()
-    if in_parts:
-        dropout.FEW, dropout._CHUNK = -1, 2
+@given(sites(), st.integers(0, 2**62 - 1), st.booleans())
+def test_every_element_is_philoxs(site, key, in_parts):
+    chunk = dropout._CHUNK
+    dropout._CHUNK = 2 if in_parts else chunk
     try:
-        drawn = dropout.factors(keys, tuple(sites))
+        drawn = dropout.drop_mask(torch.tensor([key]), *site)
     finally:
-        dropout.FEW, dropout._CHUNK = few, chunk
-        dropout._plan.cache_clear()
-    for key, site, factor in zip(keys.tolist(), sites, drawn, strict=True):
-        assert factor.shape == site.shape
-        assert torch.equal(factor, expected(key, site))
+        dropout._CHUNK = chunk
+    assert torch.equal(drawn, expected(key, *site))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -72,6 +65,4 @@ def test_dropout_scales_in_the_width_of_the_kernels(dtype):
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     scaled = (x.to(wide) * dropout.keep_scale(0.3)).to(dtype)
     assert torch.equal(out, scaled.masked_fill(dropout.drop_mask(seed, x.shape, 0.3), 0.0))
-    drawn = dropout.factors(seed, (Site(x.shape, 0.3),), wide)[0]
-    assert torch.equal(dropout.dropout(x, drawn, 0.3), out)
     assert dropout.dropout(x, None, 0.3) is x

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from contract import assert_contract
 from fusenc.kernels import embed_norm, last_backend, sinusoidal_positions
 from fusenc.kernels.common import dropout
-from fusenc.kernels.embed_norm.eager import Options, Tables
-from fusenc.kernels.embed_norm.op import embed_norm_operator
+from fusenc.kernels.embed_norm.arguments import Options, Tables
+from fusenc.kernels.embed_norm.op import EMBED_NORM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import SAME_ALGORITHM
@@ -163,6 +163,22 @@ def test_gradients_of_a_constant_table_are_not_computed(device):
     positions = sinusoidal_positions(50, 16, device=device)
     (grad,) = torch.autograd.grad(embed_norm(tokens((2, 5), device)[0], word, positions).sum(), word)
     assert grad.shape == word.shape and positions.grad is None
+
+
+@kernel
+@pytest.mark.parametrize("positions", ["counted", "given", "broadcast"])
+def test_a_plan_serves_other_batches_and_lengths(device, positions):
+    leaves = [t.requires_grad_() for t in tables(20, device)]
+    for shape in ((1, 1), (0, 4), (3, 1), (2, 50), (40, 3), (1, 5)):
+        ids, kinds = tokens(shape, device)
+        where = {"counted": None, "given": ids, "broadcast": ids[:1]}[positions] if shape[0] else None
+        outs = [
+            embed_norm(ids, *leaves, position_ids=where, token_type_ids=kinds, eps=1e-6),
+            plain(ids, *leaves, where, kinds, eps=1e-6),
+        ]
+        grads = [torch.autograd.grad(out.sin().sum(), leaves) for out in outs]
+        for got, want in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
+            torch.testing.assert_close(got, want, rtol=10 * SAME_ALGORITHM, atol=10 * SAME_ALGORITHM)
 
 
 @kernel
@@ -357,11 +373,11 @@ def test_sinusoidal_positions():
             sinusoidal_positions(3, 4, dtype=dtype)
 
 
-def operands(seed=None, rms=False, position_ids=None, type_ids=None, save=True):
+def operands(seed=None, rms=False, position_ids=None, type_ids=None):
     word, position, type_, weight, bias = (t.requires_grad_() for t in tables(6, "cpu"))
     ids = torch.tensor([[3, 4, 4], [0, 1, 3]])
     filled = Tables(word, position, type_, weight, bias, ids, position_ids, type_ids, seed)
-    return *filled, *Options(0.3 if seed is not None else 0.0, 1e-6, rms, 0, False, False), save
+    return *filled, *Options(0.3 if seed is not None else 0.0, 1e-6, rms, 0, False, False), [True] * 5
 
 
 CASES = {
@@ -372,7 +388,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_opcheck(case):
-    torch.library.opcheck(embed_norm_operator, operands(**CASES[case]))
+    torch.library.opcheck(EMBED_NORM.operator, operands(**CASES[case]))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from contract import assert_contract, assert_same, output_and_gradients
 from fusenc.kernels import LayerWeights, encoder_layer, last_backend, use_backend
-from fusenc.kernels.encoder_layer import api
+from fusenc.kernels.common import plan
+from fusenc.kernels.encoder_layer import op
+from fusenc.kernels.encoder_layer.op import ENCODER_LAYER
 from tolerances import HALF_PRECISION, SAME_ALGORITHM, SAME_ALGORITHM_64
 
 pytestmark = pytest.mark.kernel
@@ -131,7 +133,8 @@ def chain_and_one(src, weights, backend="auto", **options):
         torch.manual_seed(5)
         with use_backend(used), pytest.MonkeyPatch.context() as patch:
             if chained:
-                patch.setattr(api, "_in_one", lambda *args: False)
+                patch.setattr(ENCODER_LAYER, "instead", lambda tensors, numbers, autocast: op.chained(numbers))
+            plan.forget()
             out = encoder_layer(leaves[0], join(leaves[1:]), HEADS, **options)
             results.append(output_and_gradients(out, leaves))
     return results
@@ -153,7 +156,7 @@ def test_dropout_is_that_of_the_chain(device, norm_first):
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "length first"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_small_eager_batches_draw_all_their_dropout_at_once(norm_first, batch_first, dtype):
+def test_the_eager_layer_is_the_eager_chain(norm_first, batch_first, dtype):
     src, weights = tensors((2, 7, 48) if batch_first else (7, 2, 48))
     src, weights = src.to(dtype), LayerWeights(*(t.to(dtype) for t in weights))
     options = {"attn_dropout_p": 0.3, "dropout1_p": 0.2, "dropout_p": 0.4, "dropout2_p": 0.1}

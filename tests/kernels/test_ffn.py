@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,8 @@ from fusenc.kernels import ffn, last_backend, linear_act
 from fusenc.kernels.common import dropout
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.kernel
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -101,7 +105,9 @@ def test_without_biases(device):
     )
 
 
-@pytest.mark.parametrize("layout", ["three dimensions", "transposed input", "transposed weights", "column step"])
+@pytest.mark.parametrize(
+    "layout", ["three dimensions", "transposed input", "transposed weights", "column step", "biases"]
+)
 def test_strides(device, layout):
     x, w1, b1, w2, b2 = tensors(60, 32, 100, device)
     if layout == "three dimensions":
@@ -110,9 +116,13 @@ def test_strides(device, layout):
         x = x.view(3, 20, 32).transpose(0, 1)
     elif layout == "transposed weights":
         w1, w2 = w1.t().contiguous().t(), w2.t().contiguous().t()
+    elif layout == "biases":
+        b1, b2 = torch.randn(200, device=device)[::2], torch.randn(1, device=device).expand(32)
     else:
         x = torch.randn(60, 64, device=device)[:, ::2]
-    assert_contract(ffn, plain(), [x, w1, b1, w2, b2], torch.float32)
+    for fused in (True, False):
+        call = functools.partial(ffn, fused=fused)
+        assert_contract(call, plain(), [x, w1, b1, w2, b2], torch.float32)
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
@@ -285,19 +295,29 @@ def test_recomputing_gives_the_same_bits(device, fused, gated):
                 torch.testing.assert_close(a, b, rtol=0, atol=2e-3 * float(a.abs().max()))
 
 
-def test_what_is_kept_for_the_backward_pass(device, backend):
+class Hidden(TorchDispatchMode):
+    """Memory of all tensors ``[40, 72]`` that come about inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.shape == (40, 72):
+            self.found.append(StorageWeakRef(out.untyped_storage()))
+        return out
+
+
+def test_what_is_kept_for_the_backward_pass(device):
     inputs = [t.requires_grad_() for t in tensors(40, 24, 72, device)]
     kept = {}
-    for recompute in (False, "activation", True):
-        out = ffn(*inputs, recompute=recompute)  # torch 2.10 frees what was saved when the output goes
-        saved = out.grad_fn
-        if recompute is False and backend == "eager":
-            continue  # autograd's own graph
-        tensors_ = [t for t in saved.saved_tensors if t is not None]
-        kept[recompute] = sum(t.shape == (40, 72) for t in tensors_)
-    assert kept == ({} if backend == "eager" else {False: 2}) | {"activation": 1, True: 0}
-    out = ffn(*inputs, recompute=1)  # which equals True
-    assert not any(t is not None and t.shape == (40, 72) for t in out.grad_fn.saved_tensors)
+    for recompute in (False, "activation", True, 1):  # 1 equals True
+        with Hidden() as mode:
+            out = ffn(*inputs, recompute=recompute)
+        kept[str(recompute)] = len({each.cdata for each in mode.found if not each.expired()})
+        del out
+    assert kept == {"False": 2, "activation": 1, "True": 0, "1": 0}
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
@@ -379,17 +399,62 @@ def test_activation_checkpointing_draws_the_same_dropout(request, device):
     torch.testing.assert_close(out, plain_out)
 
 
-def test_dx_is_added_to_what_is_there(device):
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+def test_the_result_can_be_changed_in_place(device, recompute):
+    x, w1, b1, w2, b2 = tensors(12, 8, 16, device)
+    x = x.view(3, 4, 8).requires_grad_()
+    for call, width in (
+        (lambda: ffn(x, w1, b1, w2, b2, recompute=recompute), 8),
+        (lambda: linear_act(x, w1, b1, recompute=recompute), 16),
+    ):
+        plain_out = call()
+        out = call()
+        out += 1.0
+        assert out.shape == (3, 4, width)
+        torch.testing.assert_close(out, plain_out + 1.0)
+        torch.testing.assert_close(*(torch.autograd.grad(t.sum(), x)[0] for t in (out, plain_out)))
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None
+
+
+def test_where_no_gradient_arrives_none_leaves(device):
+    x, w1, b1, w2, b2 = (t.requires_grad_() for t in tensors(5, 8, 16, device))
+    for out in (ffn(x, w1, b1, w2, b2), linear_act(x, w1, b1)):
+        assert torch.autograd.grad(NoGradient.apply(out).sum(), (x, w1, b1), allow_unused=True) == (None, None, None)
+
+
+def test_a_single_row_says_nothing_of_the_stride_between_rows(device):
+    """A part of a wider row counts as contiguous."""
+    weights = tensors(1, 32, 48, device)[1:]
+    for fused in (True, False):
+        for x in (torch.randn(1, 64, device=device)[:, :32], torch.randn(5, 32, device=device)):
+            torch.testing.assert_close(ffn(x, *weights, residual=x, fused=fused), x + plain()(x, *weights))
+
+
+def test_dx_is_added_to_what_is_there(device, backend):
     """What a whole layer's backward pass asks for."""
-    from fusenc.kernels.ffn import op
+    if backend == "eager":
+        pytest.skip("a launcher, which has no eager side")
+    from fusenc.kernels.ffn.arguments import Options, Saved
+    from fusenc.kernels.ffn.backward import ffn_backward
+    from fusenc.kernels.ffn.forward import linear_act_forward
 
     x, w1, b1, w2, _ = tensors(40, 24, 72, device)
-    _, hidden, activated = op.forward(
-        x, w1, b1, w2, None, None, None, None, 0.0, 0.0, "gelu", False, None, True, True
-    )  # fmt: skip
+    activated, hidden = linear_act_forward(x, w1, b1, None, 0.0, "gelu", False, None, True)(x, w1, b1, None)
+    saved = Saved(x, w1, b1, w2, None, hidden, activated, None, None)
     dout, there = torch.randn(40, 24, device=device), torch.randn(40, 24, device=device)
-    arguments = (dout, x, w1, b1, w2, hidden, activated, None, None, 0.0, 0.0, "gelu", False, None)
-    alone, added = (op.backward(*arguments, [True, *[False] * 4], into)[0] for into in (None, there))
+    alone, added = (
+        ffn_backward(dout, saved, Options(), (True, *[False] * 4), bool(into))(dout, saved, [], *into)[0]
+        for into in ((), (there,))
+    )
     torch.testing.assert_close(added, alone + there)
 
 

@@ -11,14 +11,19 @@ from fusenc.kernels import (
     attention,
     attention_varlen,
     attention_weights,
+    attention_with_weights,
     ffn,
     linear_act,
 )
 from fusenc.kernels.add_norm.arguments import Options as AddNormOptions
-from fusenc.kernels.add_norm.op import add_norm_operator
-from fusenc.kernels.attention.arguments import Inputs, Options
-from fusenc.kernels.attention.op import attention_operator
-from fusenc.kernels.ffn.op import ffn_operator, linear_act_operator
+from fusenc.kernels.add_norm.arguments import Tensors as AddNormTensors
+from fusenc.kernels.add_norm.op import ADD_NORM
+from fusenc.kernels.attention.arguments import Options, Tensors
+from fusenc.kernels.attention.op import ATTENTION, WITH_WEIGHTS
+from fusenc.kernels.ffn.arguments import LinearOptions
+from fusenc.kernels.ffn.arguments import Options as FfnOptions
+from fusenc.kernels.ffn.arguments import Tensors as FfnTensors
+from fusenc.kernels.ffn.op import FFN, LINEAR_ACT
 from tolerances import HALF_PRECISION, SAME_ALGORITHM
 
 SEED = torch.tensor([5])
@@ -28,18 +33,21 @@ def randn(*shape, dtype=torch.float32):
     return torch.randn(*shape, dtype=dtype).requires_grad_()
 
 
-def attention_arguments(dtype=torch.float32, seed=None, options=(), packed=False, return_lse=True, **inputs):
-    q, k, v = (randn(2, 3, n, 8, dtype=dtype) for n in (5, 7, 7))
-    if packed:
-        q, k, v = (randn(1, 3, n, 8, dtype=dtype) for n in (8, 11, 11))
-    numbers = Options(0.4, 0.3 if seed is not None else 0.0, packed=packed, max_len_q=5, max_len_k=7)
-    return (*Inputs(q, k, v, seed=seed, **inputs), *numbers._replace(**dict(options)), return_lse)
+ALL5 = [True] * 5
+
+
+def attention_arguments(dtype=torch.float32, seed=None, options=(), packed=False, sizes=(5, 7), needs=ALL5, **tensors):
+    shapes = ((8, 3, 8), (11, 3, 8)) if packed else ((2, 3, 5, 8), (2, 3, 7, 8))
+    q, k, v = (randn(*shape, dtype=dtype) for shape in (shapes[0], shapes[1], shapes[1]))
+    numbers = Options(0.4, 0.3 if seed is not None else 0.0, packed=packed, return_lse=len(sizes) == 2)
+    numbers = numbers._replace(**dict(options))
+    return *Tensors(q, k, v, seed=seed, **tensors), *numbers, *sizes, needs
 
 
 KEEP = torch.arange(7) < torch.tensor([[7], [0]])
 BLOCKS_5_7 = BlockMask.from_function(lambda q, k: (q - k).abs() < 4, 5, 7, block_size=16)
 CU_Q, CU_K = torch.tensor([0, 5, 5, 8]), torch.tensor([0, 4, 10, 11])
-ATTENTION = {
+ATTENTIONS = {
     "plain": attention_arguments(),
     "mask": attention_arguments(attn_mask=KEEP[:, None, None, :]),
     "dropout": attention_arguments(seed=SEED),
@@ -55,66 +63,91 @@ ATTENTION = {
         seqlens_k=torch.tensor([0, 4, 11], dtype=torch.int32), attn_mask=randn(2, 1, 5, 7),
     ),
 }  # fmt: skip
-NUMBERS = (0.0, 1e-5, False, False, False)  # dropout_p, eps, rms, zero_centered, float32_sum
-ADD_NORM = {
-    "full": (randn(4, 6), randn(4, 6), randn(6), randn(6), None, None, *NUMBERS, True, True, False),
-    "plain norm": (randn(4, 6), None, randn(6), None, None, None, *NUMBERS, True, True, False),
-    "dropout": (
-        randn(2, 4, 6), randn(2, 4, 6), randn(6), randn(6), randn(6), SEED, 0.3, *NUMBERS[1:], False, True, False,
+WITH_WEIGHTS_CASES = {
+    "each head": attention_arguments(sizes=(5, 7, 0, 5), seed=SEED),
+    "average": attention_arguments(
+        sizes=(5, 7, 0, 5), options={"average": True, "right": 0}, attn_mask=randn(1, 1, 5, 7)
     ),
-    "recompute": (
-        randn(4, 6), randn(4, 6), randn(6), randn(6), randn(6), SEED, 0.3, 1e-5, True, True, True, False, True, True,
+    "some queries": attention_arguments(sizes=(5, 7, 2, 3), needs=[False] * 5),
+}  # fmt: skip
+
+
+def add_norm_arguments(shape, residual=True, x_bias=False, seed=None, needs=ALL5, **numbers):
+    x, r, xb = randn(*shape), randn(*shape) if residual else None, randn(shape[-1]) if x_bias else None
+    return x, r, randn(shape[-1]), randn(shape[-1]), xb, seed, *AddNormOptions(**numbers), needs
+
+
+ADD_NORMS = {
+    "full": add_norm_arguments((4, 6), return_sum=True),
+    "plain norm": add_norm_arguments((4, 6), residual=False, return_sum=True),
+    "dropout": add_norm_arguments((2, 4, 6), x_bias=True, seed=SEED, dropout_p=0.3),
+    "recompute": add_norm_arguments(
+        (4, 6), x_bias=True, seed=SEED, dropout_p=0.3, rms=True, zero_centered=True, recompute=True
     ),
 }  # fmt: skip
-FFN = {
+
+
+def ffn_arguments(shape, d_out, seeds=(None, None), bias=True, residual=False, needs=(True,) * 6, **numbers):
+    numbers = FfnOptions(**numbers)
+    weights = randn(10, shape[-1]), randn(d_out, 5 if numbers.gated else 10)
+    biases = (randn(10), randn(d_out)) if bias else (None, None)
+    added = randn(*shape[:-1], d_out) if residual else None
+    return randn(*shape), weights[0], biases[0], weights[1], biases[1], added, *seeds, *numbers, list(needs)
+
+
+NOT_KEPT = {"keep_hidden": False, "keep_activated": False}
+FFNS = {
+    "full": ffn_arguments((2, 4, 6), 6, residual=True),
+    "no bias": ffn_arguments((4, 6), 3, bias=False, activation="relu", fused=True),
+    "dropout": ffn_arguments(
+        (4, 6), 6, (SEED, SEED + 1), dropout_p=0.3, out_dropout_p=0.2, activation="gelu_tanh", keep_activated=False
+    ),
+    "gated, nothing kept": ffn_arguments(
+        (4, 6), 6, (None, SEED), residual=True, out_dropout_p=0.2, activation="silu", gated=True, **NOT_KEPT
+    ),
+}  # fmt: skip
+LINEAR_ACTS = {
     "full": (
-        randn(2, 4, 6), randn(10, 6), randn(10), randn(6, 10), randn(6), randn(2, 4, 6), None, None, 0.0, 0.0, "gelu",
-        False, None, True, True,
+        randn(2, 4, 6), randn(10, 6), randn(10), SEED, *LinearOptions(0.2, "silu", True), [True] * 3,
     ),
-    "no bias": (
-        randn(4, 6), randn(10, 6), None, randn(3, 10), *[None] * 4, 0.0, 0.0, "relu", False, True, True, True,
-    ),
-    "dropout": (
-        randn(4, 6), randn(10, 6), randn(10), randn(6, 10), randn(6), None, SEED, SEED + 1, 0.3, 0.2, "gelu_tanh",
-        False, False, True, False,
-    ),
-    "gated, nothing kept": (
-        randn(4, 6), randn(10, 6), randn(10), randn(6, 5), randn(6), randn(4, 6), None, SEED, 0.0, 0.2, "silu", True,
-        None, False, False,
+    "nothing kept": (
+        randn(4, 6), randn(10, 6), None, None, *LinearOptions(activation="relu2", keep_hidden=False), [True] * 3,
     ),
 }  # fmt: skip
-LINEAR_ACT = {
-    "full": (randn(2, 4, 6), randn(10, 6), randn(10), SEED, 0.2, "silu", True, None, True),
-    "nothing kept": (randn(4, 6), randn(10, 6), None, None, 0.0, "relu2", False, None, False),
-}
 
 
-@pytest.mark.parametrize("case", list(ATTENTION))
+@pytest.mark.parametrize("case", list(ATTENTIONS))
 def test_opcheck_attention(case):
-    torch.library.opcheck(attention_operator, ATTENTION[case])
+    torch.library.opcheck(ATTENTION.operator, ATTENTIONS[case])
 
 
-@pytest.mark.parametrize("case", list(ADD_NORM))
+@pytest.mark.parametrize("case", list(WITH_WEIGHTS_CASES))
+def test_opcheck_attention_weights(case):
+    torch.library.opcheck(WITH_WEIGHTS.operator, WITH_WEIGHTS_CASES[case])
+
+
+@pytest.mark.parametrize("case", list(ADD_NORMS))
 def test_opcheck_add_norm(case):
-    torch.library.opcheck(add_norm_operator, ADD_NORM[case])
+    torch.library.opcheck(ADD_NORM.operator, ADD_NORMS[case])
 
 
-@pytest.mark.parametrize("case", list(FFN))
+@pytest.mark.parametrize("case", list(FFNS))
 def test_opcheck_ffn(case):
-    torch.library.opcheck(ffn_operator, FFN[case])
+    torch.library.opcheck(FFN.operator, FFNS[case])
 
 
-@pytest.mark.parametrize("case", list(LINEAR_ACT))
+@pytest.mark.parametrize("case", list(LINEAR_ACTS))
 def test_opcheck_linear_act(case):
-    torch.library.opcheck(linear_act_operator, LINEAR_ACT[case])
+    torch.library.opcheck(LINEAR_ACT.operator, LINEAR_ACTS[case])
 
 
 def test_opcheck_inference():
     with torch.no_grad():
-        torch.library.opcheck(
-            add_norm_operator, (*ADD_NORM["full"][:-3], False, False, False), test_utils="test_faketensor"
-        )
-        torch.library.opcheck(ffn_operator, (*FFN["full"][:-2], False, False), test_utils="test_faketensor")
+        arguments = add_norm_arguments((4, 6), needs=[False] * 5)
+        torch.library.opcheck(ADD_NORM.operator, arguments, test_utils="test_faketensor")
+        arguments = ffn_arguments((2, 4, 6), 6, residual=True, needs=[False] * 6)
+        torch.library.opcheck(FFN.operator, arguments, test_utils="test_faketensor")
+        torch.library.opcheck(ATTENTION.operator, attention_arguments(needs=[False] * 5), test_utils="test_faketensor")
 
 
 def seeded(function):
@@ -146,6 +179,10 @@ CALLS = {
     "attention, packed": (
         lambda q, k, v: attention_varlen(q, k, v, CU_Q, CU_K, 5, 7, is_causal=True, dropout_p=0.2),
         [(8, 2, 4), (11, 2, 4), (11, 2, 3)],
+    ),
+    "attention with weights": (
+        lambda q, k, v: attention_with_weights(q, k, v, KEEP[:, None, None, :], 0.2, average=True),
+        [(2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)],
     ),
     "add_norm": (
         lambda x, r, w, b: add_norm(x, r, w, b, dropout_p=0.2, return_sum=True), [(4, 6), (4, 6), (6,), (6,)],
@@ -188,18 +225,18 @@ def test_gradcheck_in_float64(name):
 def test_backward_formula_agrees_with_autograd(operator):
     """The operator's own backward formula against autograd through the eager path, dropout on."""
     cases, op = {
-        "attention": (ATTENTION, attention_operator),
-        "add_norm": (ADD_NORM, add_norm_operator),
-        "ffn": (FFN, ffn_operator),
+        "attention": (ATTENTIONS, ATTENTION.operator),
+        "add_norm": (ADD_NORMS, ADD_NORM.operator),
+        "ffn": (FFNS, FFN.operator),
     }[operator]
     from fusenc.kernels.add_norm import eager as add_norm_eager
     from fusenc.kernels.attention import eager as attention_eager
     from fusenc.kernels.ffn import eager as ffn_eager
 
     eager = {
-        "attention": lambda *a: attention_eager.attention(Inputs(*a[:14]), Options(*a[14:-1]))[0],
-        "add_norm": lambda *a: add_norm_eager.add_norm(*a[:6], AddNormOptions(*a[6:11]))[0],
-        "ffn": lambda *a: ffn_eager.ffn(*a[:-3]),
+        "attention": lambda *a: attention_eager.attention(Tensors(*a[:13]), Options(*a[13:-3]), *a[-3:-1])[0],
+        "add_norm": lambda *a: add_norm_eager.add_norm(AddNormTensors(*a[:6]), AddNormOptions(*a[6:-1]))[0],
+        "ffn": lambda *a: ffn_eager.ffn(FfnTensors(*a[:8]), FfnOptions(*a[8:-1])),
     }[operator]
     for arguments in cases.values():
         arguments = [
@@ -274,15 +311,10 @@ def test_autocast(dtype):
     with torch.autocast("cpu", dtype=dtype):
         assert attention(q, q, q).dtype == dtype
         slopes = torch.rand(1, 2)
-        arguments = *Inputs(q, q, q, alibi_slopes=slopes), *Options(0.3, max_len_q=5, max_len_k=5)
-        assert attention_operator(*arguments, False)[0].dtype == dtype
+        arguments = *Tensors(q, q, q, alibi_slopes=slopes), *Options(0.3), 5, 5, ALL5
+        assert ATTENTION.operator(*arguments)[0].dtype == dtype
         assert ffn(x, randn(10, 8), None, randn(8, 10), None).dtype == dtype
-        assert (
-            ffn_operator(x, randn(10, 8), None, randn(8, 10), *[None] * 4, 0.0, 0.0, "gelu", False, None, True, True)[
-                0
-            ].dtype
-            == dtype
-        )
+        assert FFN.operator(*ffn_arguments((5, 8), 8))[0].dtype == dtype
         normed = add_norm(x.to(dtype), x, w, b)
         assert normed.dtype == torch.float32
     torch.testing.assert_close(normed, torch.nn.functional.layer_norm(x.to(dtype) + x, (8,), w, b))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from contract import assert_contract
 from fusenc.kernels import last_backend, rotary, rotary_tables
-from fusenc.kernels.rotary.op import rotary_operator
+from fusenc.kernels.rotary.op import ROTARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import SAME_ALGORITHM
@@ -115,6 +115,31 @@ def test_strides(device, layout):
     want = torch.autograd.grad([plain(t, cos, sin) for t in leaves], leaves, weights)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+
+
+@kernel
+@pytest.mark.parametrize("form", ["table", "ids", "Hugging Face's", "packed"])
+@pytest.mark.parametrize("size", [6, 32])
+def test_a_plan_serves_other_batches_and_lengths(device, form, size):
+    generator = torch.Generator().manual_seed(1)
+    for batch, length in ((1, 1), (0, 4), (3, 1), (2, 7), (1, 5), (2, 4)):
+        query, key = (torch.randn(batch, length, n, size, generator=generator).to(device) for n in (2, 1))
+        ids, tables = None, rotary_tables(9, size, device=device)
+        rows = [t[:length] for t in tables]
+        if form == "packed":
+            query, key = query.flatten(0, 1), key.flatten(0, 1)
+            tables = [t.repeat(batch, 1) for t in rows]
+            rows = [t[:, None] for t in tables]
+        else:
+            query, key = query.transpose(1, 2), key.transpose(1, 2)
+        if form == "ids":
+            ids = torch.randint(9, (batch, length), generator=generator).to(device)
+            rows = [t[ids][:, None] for t in tables]
+        elif form == "Hugging Face's":
+            rows = [torch.randn(batch, 1, length, size // 2, generator=generator).to(device) for _ in range(2)]
+            tables = [torch.cat((t[:, 0], t[:, 0]), -1) for t in rows]
+        for got, x in zip(rotary(query, key, *tables, position_ids=ids), (query, key), strict=True):
+            torch.testing.assert_close(got, plain(x, *rows), rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
 
 
 @kernel
@@ -246,8 +271,8 @@ OPERANDS = {
 @pytest.mark.parametrize("case", list(OPERANDS))
 def test_opcheck(case):
     query, key = Q.clone().requires_grad_(), K.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    torch.library.opcheck(rotary_operator, (query, key, *OPERANDS[case]))
-    torch.library.opcheck(rotary_operator, (query, None, *OPERANDS[case]))
+    torch.library.opcheck(ROTARY.operator, (query, key, *OPERANDS[case], [True, True]))
+    torch.library.opcheck(ROTARY.operator, (query, None, *OPERANDS[case], [True, False]))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

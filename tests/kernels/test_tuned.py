@@ -19,7 +19,7 @@ HALF = torch.float16
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """A GPU called "Chip" and a cache folder of its own."""
-    monkeypatch.setattr(tuned, "gpu_name", lambda index: "Chip" if not index else "Other chip")
+    monkeypatch.setattr(tuned.device, "name", lambda index: "Chip" if not index else "Other chip")
     monkeypatch.setattr(tuned, "cache_file", lambda: tmp_path / "tuned.json")
     monkeypatch.delenv(tuned.ENVIRONMENT, raising=False)
     tuned.forget()
@@ -45,7 +45,7 @@ def test_what_was_measured_is_chosen_for_all_sizes_of_its_bucket(gpu):
 
 def test_nothing_without_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(tuned, "cache_file", lambda: pytest.fail("looked for a table"))
-    monkeypatch.setattr(tuned, "gpu_name", lambda index: None)
+    monkeypatch.setattr(tuned.device, "name", lambda index: None)
     tuned.forget()
     assert tuned.choice("op", None, HALF, SIZES) is None
     tuned.forget()

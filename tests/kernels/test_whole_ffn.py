@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from tolerances import FLOOR, FORWARD_FACTOR
 
 pytest.importorskip("triton")
-from fusenc.kernels.common import device as gpu
-from fusenc.kernels.ffn.whole import CONFIGS, WholeConfig, serves, whole_ffn
+from fusenc.kernels.ffn.whole import CONFIGS, WholeConfig, fills, serving, whole_ffn
 
 SMALL = WholeConfig(32, 32, 16, 4, 2)
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
@@ -35,7 +34,7 @@ def plain(x, w1, b1, w2, b2, residual, activation):
 
 
 def check(inputs, activation="gelu", config=SMALL):
-    got = whole_ffn(*inputs, activation, config)
+    got = whole_ffn(*inputs, activation, config)(*inputs)
     truth = plain(*(None if t is None else t.double() for t in inputs), activation)
     eager = plain(*inputs, activation)
     assert got.shape == truth.shape and got.dtype == eager.dtype and not got.isnan().any()
@@ -81,26 +80,31 @@ def test_strides(device):
 @pytest.mark.kernel
 def test_empty_batch(device):
     x, *rest = tensors(0, 32, 64, torch.float16, device)
-    assert whole_ffn(x.view(2, 0, 32), *rest[:-1], None, "gelu", SMALL).shape == (2, 0, 32)
+    inputs = (x.view(2, 0, 32), *rest[:-1], None)
+    assert whole_ffn(*inputs, "gelu", SMALL)(*inputs).shape == (2, 0, 32)
 
 
 def meta(*shape, dtype=torch.float16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def test_it_serves_only_what_the_table_says(monkeypatch):
-    monkeypatch.setattr(gpu, "compute_units", lambda index: 132)
+def test_it_serves_only_what_the_table_says():
     x, w1, w2 = meta(8, 2048, 256), meta(1024, 256), meta(256, 1024)
-    assert serves(x, w1, w2, "sm_90")
+    assert serving(x, w1, w2, "sm_90") == CONFIGS["sm_90", 256]
     for arch in ("sm_80", "sm_86", "gfx942", ""):
-        assert not serves(x, w1, w2, arch)
-    assert not serves(x[:7], w1, w2, "sm_90"), "too few rows for the chip"
-    assert not serves(meta(20_000, 256), w1, w2, "sm_90"), "the second round of programs would be nearly empty"
-    assert not serves(meta(8, 2048, 256, dtype=torch.float32), w1, w2, "sm_90")
-    assert not serves(x, w1, meta(128, 1024), "sm_90"), "d_out is not d_model"
-    assert not serves(x, meta(1000, 256), meta(256, 1000), "sm_90"), "hidden blocks are not checked against an edge"
-    assert not serves(x, meta(256, 1024).t(), w2, "sm_90"), "columns are read with unit stride"
-    assert not serves(meta(8, 2048, 384), meta(1536, 384), meta(384, 1536), "sm_90")
+        assert not serving(x, w1, w2, arch)
+    assert not serving(meta(8, 2048, 256, dtype=torch.float32), w1, w2, "sm_90")
+    assert not serving(x, w1, meta(128, 1024), "sm_90"), "d_out is not d_model"
+    assert not serving(x, meta(1000, 256), meta(256, 1000), "sm_90"), "hidden blocks are not checked against an edge"
+    assert not serving(x, meta(256, 1024).t(), w2, "sm_90"), "columns are read with unit stride"
+    assert not serving(meta(8, 2048, 384), meta(1536, 384), meta(384, 1536), "sm_90")
+
+
+def test_it_serves_rows_that_fill_the_chip():
+    config = CONFIGS["sm_90", 256]
+    assert fills(8 * 2048, config, 132)
+    assert not fills(7 * 2048, config, 132), "too few rows for the chip"
+    assert not fills(20_000, config, 132), "the second round of programs would be nearly empty"
 
 
 @pytest.mark.kernel
@@ -112,7 +116,7 @@ def test_traffic_is_the_weights_once_a_program_and_rows_once(request, device):
 
     inputs = tensors(64, 32, 128, torch.float16, device)
     with count_traffic() as (launches):
-        whole_ffn(*inputs, "gelu", SMALL)
+        whole_ffn(*inputs, "gelu", SMALL)(*inputs)
     (one,) = launches
     for name, a in one.arguments.items():
         again = 1 if name in ("x_ptr", "residual_ptr") else 2  # two programs of 32 rows

@@ -39,10 +39,6 @@ HALF_PRECISION = 4e-3
 """float16 results of size up to 4 against float32: two roundings of eps 1e-3, of the inputs and of
 the result, times 2."""
 
-FLOAT8 = 1.2e-2
-"""float8 attention against the same numbers in float64: outputs of size up to 2 in bfloat16 (one rounding of eps 8e-3,
-half of it), softmax weights rounded to float16."""
-
 EMBEDDINGS = 1e-5
 """Sentence embeddings of unit length, fused against unfused, float32 (issue: embeddings differ by less than this)."""
 
