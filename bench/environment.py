@@ -39,11 +39,11 @@ def collect() -> dict[str, Section]:
 
 def summary() -> Section:
     """The few facts that a table of times has to carry."""
-    gpu = tuned.gpu_name(0) if torch.cuda.is_available() else None
+    chip = gpu.name(0)
     return {
         "fusenc": fusenc.__version__, "commit": commit() or "none", "torch": torch.__version__,
         "python": platform.python_version(), "machine": platform.machine(), "processor": _processor(),
-        "gpu": gpu or "none", "threads": str(torch.get_num_threads()),
+        "gpu": chip or "none", "threads": str(torch.get_num_threads()),
     }  # fmt: skip
 
 

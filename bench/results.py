@@ -17,7 +17,7 @@ from .cases.case import Case
 from .measure import MEASURED, STATUSES, Outcome
 from .timing import Peaks
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -35,7 +35,6 @@ class Record:
     tokens: int
     unchecked: str
     sizes: dict[str, Any]
-    rivals: bool
     outcomes: dict[str, Outcome]
 
     @property
@@ -83,7 +82,7 @@ def record(case: Case, outcomes: dict[str, Outcome]) -> Record:
     """What is kept of a case."""
     return Record(
         case.op, case.name, case.dtype, case.direction, list(case.against), dict(case.targets), case.flops, case.bytes,
-        case.tokens, case.unchecked, dict(case.sizes), case.rivals, outcomes,
+        case.tokens, case.unchecked, dict(case.sizes), outcomes,
     )  # fmt: skip
 
 
@@ -105,7 +104,7 @@ def figures(results: Results, of: Record, name: str) -> Figures | None:
     if outcome.status != MEASURED:
         return None
     seconds = statistics.median(outcome.seconds)
-    by_round, peaks = ratios(of, name, yardstick(of)) if of.rivals else None, results.peaks.get(of.dtype)
+    by_round, peaks = ratios(of, name, yardstick(of)), results.peaks.get(of.dtype)
     tflops = 1e-12 * of.flops / seconds if of.flops else None
     gb_s = 1e-9 * of.bytes / seconds if of.bytes else None
     return Figures(

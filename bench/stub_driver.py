@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from fusenc.kernels.common import backend, compat
+import torch
+from fusenc.kernels.common import backend, compat, plan
 from fusenc.kernels.common import device as gpu
 
 from .machine_code.chips import chips
@@ -84,6 +85,7 @@ def stubbed_driver() -> Iterator[_Utils]:
 
     stub = _Driver()
     with contextlib.ExitStack() as stack:
+        stack.callback(plan.forget)
         stack.callback(stub.forget)
         stack.enter_context(mock.patch.object(driver, "_active", stub))
         stack.enter_context(compat.launcher_without_driver(stub.utils.launch))
@@ -91,4 +93,8 @@ def stubbed_driver() -> Iterator[_Utils]:
         stack.enter_context(mock.patch.object(backend, "_INTERPRET", True))
         stack.enter_context(mock.patch.object(gpu, "compute_units", lambda index: chips()[ARCH].units))
         stack.enter_context(mock.patch.object(gpu, "architecture", lambda index: ARCH))
+        plan.forget()
+        # PyTorch's products on the CPU read outputs that nothing was written to; subnormal numbers would slow them.
+        stack.callback(torch.set_flush_denormal, False)
+        torch.set_flush_denormal(True)
         yield stub.utils

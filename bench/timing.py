@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from fusenc.kernels.common import tuned
+from fusenc.kernels.common import device as gpu
 
 from .checking import DTYPES
 
@@ -125,7 +125,7 @@ class Gpu:
 
     def __init__(self) -> None:
         self._capture_failed = False
-        self.name = str(tuned.gpu_name(torch.cuda.current_device()))
+        self.name = str(gpu.name(torch.cuda.current_device()))
         cache = int(getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0))
         # Writing twice the L2 cache's size pushes the operands out.
         self._flush = torch.empty(max(2 * cache, 64 << 20), dtype=torch.uint8, device=self.where)

@@ -220,13 +220,9 @@ def _ffn_output(size: Size, dtype: torch.dtype) -> Tunable:
     rows, _, d_model, hidden, _ = size
     residual, _, _, weight, bias = _ffn_tensors(size, dtype)
     activated = torch.randn(rows, hidden, dtype=dtype, device=DEVICE)
-    output: Any = forward.output_forward  # type: ignore[attr-defined]
-    ways = {
-        name: _without_gradients(
-            lambda fused=name == "fused": output(activated, weight, bias, residual, None, 0.0, fused)  # type: ignore[misc]
-        )
-        for name in ("fused", "unfused")
-    }
+    tensors = (activated, weight, bias, residual, None)
+    made: Any = {name: forward.output_forward(*tensors, 0.0, name == "fused") for name in ("fused", "unfused")}  # type: ignore[attr-defined]
+    ways = {name: _without_gradients(lambda run=run: run(*tensors)) for name, run in made.items()}  # type: ignore[misc]
     reference = _without_gradients(lambda: residual + torch.nn.functional.linear(activated, weight, bias))
     return Tunable("ffn_output", dtype, (rows, d_model, hidden), ways, reference)
 

@@ -32,6 +32,7 @@ from fusenc.kernels import (
     rotary,
     rotary_tables,
 )
+from fusenc.kernels.common import plan
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -207,10 +208,12 @@ def _session() -> Iterator[Any]:
     from ttsem.sanitize import session
 
     before = [(owner, vars(owner).copy()) for owner in (torch.cuda, driver)]
+    plan.forget()
     try:
         with session(CAPABILITY, "fusenc verify") as state:
             yield state
     finally:
+        plan.forget()
         for owner, attributes in before:
             vars(owner).update(attributes)
 

@@ -118,8 +118,6 @@ class Case:
     tokens: int = 0
     sizes: Mapping[str, Any] = field(default_factory=dict)
     """What a plot can use as an axis: batch, length, width, heads, fill, and the kind of the case."""
-    rivals: bool = True
-    """False where the yardstick does something else, so that its ratio serves to compare two results and no more."""
     within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     """A state of the process in which the case is built and measured."""
     judge: Provider | None = None

@@ -118,7 +118,7 @@ def ratio(run: Run, of: Record) -> str:
     """How many times as fast the best of this library is as the fastest stock provider, with both names."""
     against = yardstick(of)
     ours = [n for n, o in of.outcomes.items() if n.startswith("fusenc") and o.status == MEASURED]
-    if against is None or not ours or not of.rivals:
+    if against is None or not ours:
         return ""
     best = min(ours, key=lambda name: statistics.median(of.outcomes[name].seconds))
     found = figures(run.found, of, best)

@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 import triton
-from fusenc.kernels.common import backend
+from fusenc.kernels.common import backend, plan
 from fusenc.kernels.common import device as gpu
 from torch import Tensor
 from triton.compiler import ASTSource
@@ -75,11 +75,12 @@ def record_launches(arch: str = "") -> Iterator[list[Launch]]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(backend, "use_triton", use_triton),
-        mock.patch.object(backend, "plain_cpu", lambda x: False),
         mock.patch.object(gpu, "compute_units", lambda index: 108),
         mock.patch.object(gpu, "architecture", lambda index: arch),
     ):
+        plan.forget()
         yield launches
+    plan.forget()
 
 
 def _recorded(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
@@ -109,8 +110,8 @@ def _recorded(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
         if name in constexprs:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, tuple):
-            parts = enumerate(value)
-            signature[name] = tuple(specialise((name, i), part, name not in general) for i, part in parts)
+            parts = [specialise((name, i), part, name not in general) for i, part in enumerate(value)]
+            signature[name] = type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         else:
             signature[name] = specialise(name, value, name not in general)
     return Launch(kernel, signature, constants, divisible, options)

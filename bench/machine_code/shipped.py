@@ -176,8 +176,12 @@ def _calls(arch: str) -> Iterator[tuple[str, Callable[..., Tensor], list[tuple[i
         if chip == arch:  # no other launches it
             narrow: list[tuple[int, ...]] = [(16384, width), (4 * width, width), (4 * width,), (width, 4 * width),
                                              (width,), (16384, width)]  # fmt: skip
-            whole: Any = functools.partial(whole.whole_ffn, activation="gelu", config=config)
-            yield f"float16 width {width} whole block", whole, narrow, HALF
+
+            def at_once(*t: Any, config: Any = config) -> Tensor:
+                made: Any = whole.whole_ffn
+                return made(*t, "gelu", config)(*t)
+
+            yield f"float16 width {width} whole block", at_once, narrow, HALF
 
 
 def _layer(src: Tensor, *weights: Tensor, **options: Any) -> Tensor:

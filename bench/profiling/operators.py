@@ -28,14 +28,14 @@ _SOME_NAMES = {
     "optimiser": r"^optimizer\.|multi_tensor_apply",
     "data loading": r"^enumerate\(dataloader\)",
     "embedding": r"embedding|embed_norm|segment_(sums|joins)",
-    "attention": r"scaled_dot_product|(?<!log_)(?<!log)softmax|bmm|flash|fmha|attention|delta_kernel|rotary",
+    "attention": r"scaled_dot_product|(?<!log_)(?<!log)softmax|bmm|flash|fmha|attention|rotary",
     "matrix products": (
         r"linear|addmm|addmv|\bmm\b|\bmv\b|conv(?!ert)|gemm|gemv|cutlass|xmma|cublas|nvjet|cijk_|splitk|"
-        r"hidden_gradient|output_gradient|whole_ffn"
+        r"hidden_gradient|whole_ffn"
     ),
     "normalisation": r"(layer|rms|group|batch|add)_?norm|gammabeta",
     "dropout": r"dropout|bernoulli|philox|\brandom_|randint|masked_scale|distribution_elementwise",
-    "activation": r"gelu|relu|silu|sigmoid|tanh|activation",
+    "activation": r"gelu|relu|silu|sigmoid|tanh|activation|epilogue_(gradient_)?kernel",
     "copies and packing": (
         r"copy|clone|contiguous|index|gather|scatter|\bcat\b|catarray|\bpad\b|constant_pad|split|nonzero|sort|unique|"
         r"repeat|roll|memcpy|^to$|nested|jagged"

@@ -95,7 +95,7 @@ def test_the_old_targets_hold_on_a_cpu_in_float32_alone():
         return {value for case in cases.cases([op], given, timing.Cpu()) for value in case.targets.values()}
 
     assert targets("add_norm") == targets("ffn") == targets("embed_norm") == {1.0}
-    assert targets("host") == {1 / 1.3, 1 / 1.8, 1.0} and 0.95 in targets("attention")
+    assert 0.5 in targets("host") and 0.95 in targets("attention")
     assert not targets("ffn", dtype=("bfloat16",))
 
 
@@ -291,17 +291,6 @@ def test_an_early_interrupt_says_so(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 130 and "stopped" in capsys.readouterr().err
-
-
-def test_a_yardstick_that_is_no_rival_has_no_ratio(stub, tmp_path):
-    launched = case(fusenc=provider())
-    launched.rivals, launched.targets = False, {}
-    stub.append(launched)
-    done = bench("stub", "--rounds", 3, "--json", tmp_path / "out.json", "--html", tmp_path / "out.html")
-    found = results.load(tmp_path / "out.json")
-    assert done.exit_code == 0 and results.figures(found, found.records[0], "fusenc").ratio is None
-    assert results.ratios(found.records[0], "fusenc", "eager")
-    assert all(case.rivals != case.name.startswith("launching") for case in cases.host.cases({}, timing.Cpu()))
 
 
 def test_interrupted_it_keeps_what_is_there_and_goes_on_from_it(stub, tmp_path):

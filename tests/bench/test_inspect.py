@@ -31,7 +31,7 @@ from fusenc.bench.machine_code import (  # noqa: E402
     shipped,
 )  # fmt: skip
 from fusenc.bench.machine_code.compiling import Launch, compile_for, record_launches  # noqa: E402
-from fusenc.kernels.add_norm.blocks import lanes  # noqa: E402
+from fusenc.kernels.common.device import lanes  # noqa: E402
 
 tl = triton.language
 ALWAYS = list(budget.WHOLE)
@@ -120,6 +120,9 @@ def test_the_budget_has_no_rows_of_kernels_that_are_gone():
 # With a layer's column sums after the walk over the queries, ptxas keeps a value too many for 255 registers in local
 # memory: 2 of the loop's 420 instructions, the same bound. Sums before the walk would make it 9.
 LOOP_SPILLS = {("sm_80", "attention_dkdv_kernel", f"float16 layer {kind}-norm"): 2 for kind in ("pre", "post")}
+# Ampere's configurations use all 255 registers; 2 of the loop's 388 and 3 of 423 instructions spill, the bound is as
+# without.
+LOOP_SPILLS |= {("sm_80", "attention_dkdv_kernel", f"float16 head {c}"): n for c, n in (("128", 2), ("64 causal", 3))}
 # 1 of the loop's 408 instructions, in a kernel whose time is that of its memory traffic.
 LOOP_SPILLS["sm_100", "add_norm_forward_kernel", "float16 width 1024 dropout"] = 1
 
@@ -254,30 +257,30 @@ def test_command(tmp_path, monkeypatch):
     unknown = run("nope")
     assert unknown.exit_code == 2 and "attention_forward_kernel" in unknown.output
     assert run("--arch", "sm_1").exit_code == 2 and "gfx1100" in run("--arch", "sm_1").output
-    assert run("delta_kernel", "--update-budget").exit_code == 2
-    nowhere = run("delta_kernel", "--arch", "sm_80", "--json", str(tmp_path / "missing" / "f.json"))
+    assert run("column_sums_kernel", "--update-budget").exit_code == 2
+    nowhere = run("column_sums_kernel", "--arch", "sm_80", "--json", str(tmp_path / "missing" / "f.json"))
     assert nowhere.exit_code == 2 and "No such file" in nowhere.output
 
     json_file, page = tmp_path / "f.json", tmp_path / "f.html"
-    done = run("delta_kernel", "--arch", "sm_80,gfx942", "--json", str(json_file), "--html", str(page))
+    done = run("column_sums_kernel", "--arch", "sm_80,gfx942", "--json", str(json_file), "--html", str(page))
     assert done.exit_code == 0 and "All within the budget" in done.output
     written = json.loads(json_file.read_text())
     assert {f["arch"] for f in written} == {"sm_80", "gfx942"} and all(f["registers"] > 0 for f in written)
     html = page.read_text()
-    assert html.count("<svg") >= 2 and "delta_kernel" in html and "src=" not in html and 'href="http' not in html
+    assert html.count("<svg") >= 2 and "column_sums_kernel" in html and "src=" not in html and 'href="http' not in html
 
     from fusenc.bench.machine_code import command
 
-    failing = Figures("delta_kernel", "float16 head 16", "sm_80", error="CompilationError: planted")
+    failing = Figures("column_sums_kernel", "float16 head 16", "sm_80", error="CompilationError: planted")
     monkeypatch.setattr(command, "inspect_shipped", lambda *_: [failing])
-    broken = run("delta_kernel", "--arch", "sm_80")
+    broken = run("column_sums_kernel", "--arch", "sm_80")
     assert broken.exit_code == 1 and "planted" in broken.output and "Traceback" not in broken.output
 
 
 def test_figures_are_cached(monkeypatch):
     from fusenc.bench.machine_code import inspecting
 
-    unit = next(unit for unit in shipped.units("sm_80") if unit.kernel == "delta_kernel")
+    unit = next(unit for unit in shipped.units("sm_80") if unit.kernel == "column_sums_kernel")
     first = inspecting.figures_of(unit, chips.chips()["sm_80"])
     monkeypatch.setattr(inspecting, "compile_for", lambda *_: pytest.fail("compiled again"))
     assert inspecting.figures_of(unit, chips.chips()["sm_80"]) == first

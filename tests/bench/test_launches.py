@@ -70,5 +70,5 @@ def test_frozen_parameters_cost_nothing():
         "attention_forward_kernel", "attention_dq_kernel",
     }  # fmt: skip
     assert {each.name for each in launched(attention, *heads, frozen=(0,))} == {
-        "attention_forward_kernel", "delta_kernel", "attention_dkdv_kernel",
+        "attention_forward_kernel", "attention_dq_kernel", "attention_dkdv_kernel",
     }  # fmt: skip

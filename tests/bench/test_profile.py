@@ -431,7 +431,7 @@ NAMES = {
     "void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl()>": "activation",
     "aten::dropout": "dropout",
     "aten::bernoulli_": "dropout",
-    "dropout_add_kernel": "dropout",
+    "epilogue_kernel": "activation",
     "aten::embedding": "embedding",
     "aten::embedding_dense_backward": "embedding",
     "embed_norm_forward_kernel": "embedding",

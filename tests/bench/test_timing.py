@@ -112,7 +112,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: memory.now)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: memory.peak)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(f"sleep {cycles}"))
-    monkeypatch.setattr(timing.tuned, "gpu_name", lambda index: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(timing.gpu, "name", lambda index: "NVIDIA H100 80GB HBM3")
     return SimpleNamespace(device=Stub(), log=log, now=now, memory=memory)
 
 

@@ -83,7 +83,7 @@ def stub(monkeypatch, tmp_path):
     """A machine with a stub GPU, a cache folder and two stub operations."""
     file = tmp_path / "cache" / "tuned.json"
     monkeypatch.setattr(tuned, "cache_file", lambda: file)
-    monkeypatch.setattr(tuned, "gpu_name", lambda index: Clock.name)
+    monkeypatch.setattr(tuned.device, "name", lambda index: Clock.name)
     monkeypatch.delenv(tuned.ENVIRONMENT, raising=False)
     monkeypatch.setattr(tune.timing, "find_gpu", Clock)
 
@@ -258,6 +258,19 @@ def test_a_forced_configuration_is_launched_until_the_end_of_the_block(monkeypat
     with attention_configs.DQ.forced(attention_configs.Config(32, 16, 8, 1)):
         assert launched(monkeypatch, "attention_dq", "64x32x4x3", attend) == (32, 16, 8, 1)
     assert launched(monkeypatch, "attention_dq", None, attend) == usual
+
+
+def test_a_forced_configuration_is_launched_by_a_backward_pass_though_the_forward_pass_came_before():
+    """As `fusenc tune` measures: one forward pass, then the backward pass with each candidate."""
+    x, w1, b1, w2, b2 = meta(64, 128), meta(256, 128), meta(256), meta(128, 256), meta(128)
+    with record_launches("sm_80") as launches:
+        out = ffn(x, w1, b1, w2, b2, fused=True)
+        gradients = functools.partial(torch.autograd.grad, out, w1, torch.empty_like(out), retain_graph=True)
+        gradients()
+        with ffn_configs.BACKWARD.forced(ffn_configs.Config(64, 64, 32, 4, 2)):
+            gradients()
+    blocks = [launch.constants["BLOCK_M"] for launch in launches if launch.name == "hidden_gradient_kernel"]
+    assert blocks == [128, 64]
 
 
 WRITER = """

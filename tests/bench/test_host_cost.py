@@ -1,0 +1,53 @@
+"""The host cost of a call up to the stubbed driver, as a ratio to what PyTorch's own takes in the same run."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+
+import pytest
+import torch
+from fusenc.bench import timing
+from fusenc.bench.cases import host
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not launched"
+)
+SLACK = 1.3
+"""How much a ratio may vary with the machine and what else it does."""
+REACHED = {
+    ("attention", "both"): 1.6, ("add_norm", "both"): 1.8, ("linear_act", "both"): 1.1, ("ffn", "forward"): 1.0,
+    ("ffn", "both"): 1.0, ("embed_norm", "both"): 1.3, ("encoder_layer", "forward"): 1.0,
+    ("encoder_layer", "both"): 0.95, ("nn.TransformerEncoderLayer", "forward"): 1.0,
+    ("nn.TransformerEncoderLayer", "both"): 0.9,
+}  # fmt: skip
+"""What is held where the target of `bench/cases/host.py` is not reached."""
+
+
+def _ratio(case) -> float:
+    """Our time over the yardstick's: the median of rounds, in each of which both take their turn."""
+    device = timing.Cpu()
+    with case.within():
+        calls = [case.providers[name]()(case.inputs()) for name in ("fusenc", case.against[0])]
+        for call in calls:
+            device.seconds(call, 50)
+        gc.collect()
+        rounds = [[device.seconds(call, 40) for call in calls] for _ in range(25)]
+    return statistics.median(ours / stock for ours, stock in rounds)
+
+
+@pytest.mark.parametrize("direction", ["forward", "both"])
+@pytest.mark.parametrize("name", list(host.LAUNCHING))
+def test_ratio(name, direction):
+    torch.set_num_threads(1)
+    layer = name == "nn.TransformerEncoderLayer"
+    case = host.launching_layer(direction, timing.Cpu()) if layer else host.launching(name, direction, timing.Cpu())
+    held = REACHED.get((name, direction), host.LAUNCHING[name][direction == "both"])
+    ratios = []
+    for _ in range(3):  # a busy moment of the machine does not count
+        ratios.append(_ratio(case))
+        if ratios[-1] <= SLACK * held:
+            return
+    pytest.fail(f"{name}, {direction}: {min(ratios):.2f} times the yardstick's cost, held to {held} x {SLACK}")
