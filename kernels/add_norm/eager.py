@@ -16,14 +16,19 @@ def add_norm(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
     """The normalised sum and the sum itself; differentiable."""
     x, residual, weight, bias, x_bias, seed = tensors
     dtype = sum_dtype(x, options)
-    total = x.to(dtype)
+    total = _as(dtype, x)
     if x_bias is not None:
         total = total + x_bias
     total = dropout.dropout(total, seed, options.dropout_p)
     if residual is not None:
         total = total + residual
-    total = total.to(dtype)
-    return _norm(total, weight, bias, options).to(x.dtype), total
+    total = _as(dtype, total)
+    return _as(x.dtype, _norm(total, weight, bias, options)), total
+
+
+def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
+    """`t.to(dtype)`, which takes the host a microsecond even where there is nothing to do."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def _norm(total: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:

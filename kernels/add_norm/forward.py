@@ -210,7 +210,7 @@ def add_norm_forward(like: Tensors, options: Options, needs: tuple[bool, ...]) -
     x, index = like.x, like.x.device.index
     width, dtype, of_sum = x.shape[-1], x.dtype, sum_dtype(x, options)
     store_sum, per_row = stores_sum(like, options, needs), 0 if not needs else 1 if options.rms else 2
-    plain = all(t is None or t.is_contiguous() for t in like)
+    plain = all(t is None or t.is_contiguous() for t in like[:2])
     strides = (row_stride(x), 0 if like.residual is None else row_stride(like.residual))
     unit = unit_of(width, *strides)
     fixed = (
@@ -251,7 +251,6 @@ def add_norm_forward(like: Tensors, options: Options, needs: tuple[bool, ...]) -
             statistics = torch.empty(per_row * rows, dtype=torch.float32, device=x.device)
         if not plain:
             x, residual = as_rows(x), None if residual is None else as_rows(residual)
-            weight, bias, x_bias = (None if t is None else t.contiguous() for t in (weight, bias, x_bias))
         tensors = (x, residual, weight, bias, x_bias, seed, out, total, statistics)
         if rows and wide:
             go(rows, 1, *tensors, rows)

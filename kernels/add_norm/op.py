@@ -16,7 +16,6 @@ from . import eager
 from .arguments import Options, Saved, Tensors, stores_sum, sum_dtype
 
 NORMS = ("layer", "rms")
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def _signature(
@@ -38,28 +37,20 @@ def _check(tensors: Any, options: Any, sizes: Any, autocast: bool) -> tuple[Prep
     if x.dim() == 0 or x.shape[-1] == 0:
         checks.fail_value("x", "a last dimension of at least 1", x)
     if residual is not None:
-        _check_kind("residual", residual, x)
+        checks.same_kind("residual", residual, "x", x, or_float32=True)
         if checks.differ(residual.shape, x.shape):
             checks.fail_value("residual", f"shape {list(x.shape)}, that of x", residual)
     for name, value in zip(("weight", "bias", "x_bias"), parameters, strict=True):
         if value is not None:
-            _check_kind(name, value, x)
+            checks.same_kind(name, value, "x", x, or_float32=True)
             if checks.differ(value.shape, x.shape[-1:]):
                 checks.fail_value(name, f"shape [{x.shape[-1]}], the last dimension of x", value)
     float32_residual = residual is not None and residual.dtype != x.dtype
-    float32_sum = x.dtype in _HALF and (residual_in_fp32 or float32_residual)
+    float32_sum = x.dtype in checks.HALF and (residual_in_fp32 or float32_residual)
     return (), Options(
         float(dropout_p) if training else 0.0, float(eps), norm == "rms", bool(zero_centered), float32_sum,
         float32_residual, bool(return_sum), bool(recompute), x.dtype,
     )  # fmt: skip
-
-
-def _check_kind(name: str, value: Any, x: Tensor) -> None:
-    checks.floating_tensor(name, value)
-    if x.dtype not in _HALF or value.dtype != torch.float32:
-        checks.same_kind(name, value, "x", x)
-    if value.device != x.device:
-        checks.fail_value(name, f"device {x.device}, that of x", value)
 
 
 def _eager(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor | None]:
@@ -87,18 +78,10 @@ def _keep(tensors: Sequence[Any], results: Sequence[Any], options: Options) -> S
 def _backward(
     grads: Sequence[Any], saved: Sequence[Any], options: Options, sizes: Any, needs: Sequence[bool]
 ) -> Callable[..., Any]:
-    from ..common.column_sums import ColumnSums
+    from ..common.column_sums import with_sums
     from .backward import add_norm_backward
 
-    launch, sums = add_norm_backward(grads, saved, options, needs), ColumnSums()
-
-    def run(grads: Sequence[Any], saved: Sequence[Any]) -> Any:
-        jobs: list[Any] = []
-        found = launch(grads, saved, jobs)
-        sums(jobs)
-        return found
-
-    return run
+    return with_sums(add_norm_backward(grads, saved, options, needs))
 
 
 def _fake(tensors: Tensors, options: Options, sizes: Any, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
@@ -112,6 +95,6 @@ def _fake(tensors: Tensors, options: Options, sizes: Any, needs: tuple[bool, ...
 
 ADD_NORM = Operation(
     "add_norm", Tensors, Options, differentiable=5, outputs=2, results=3, signature=_signature, check=_check,
-    eager=_eager, forward=_forward, keep=_keep, backward=_backward, fake=_fake, dropouts=("dropout_p",), cast=5,
-    cast_to=torch.float32,
+    eager=_eager, forward=_forward, keep=_keep, backward=_backward, fake=_fake, dropouts=("dropout_p",),
+    contiguous=(2, 3, 4), cast=5, cast_to=torch.float32,
 )  # fmt: skip

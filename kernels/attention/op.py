@@ -145,9 +145,6 @@ def _check(tensors: Any, options: Any, sizes: Any, autocast: bool) -> tuple[Prep
             checks.fail_value("block_mask", expected, shape_of_blocks)
         if tiles.device != query.device:
             checks.fail_value("block_mask", f"device {query.device}, that of query", tiles)
-    for i in (4, 6, 7):  # kernels step along them by one
-        if tensors[i] is not None and not tensors[i].is_contiguous():
-            prepare.append((i, Tensor.contiguous))
     return tuple(prepare), Options(
         softmax_scale, float(dropout_p), 0.0 if softcap is None else float(softcap), left, 0 if is_causal else right,
         alignment == "bottom_right", packed, *flags,
@@ -214,10 +211,10 @@ def check_starts(name: str, starts: Any, max_name: str, longest: Any, query: Ten
 
 
 def _check_tensor(name: str, value: Any, query: Tensor, integers: bool = False) -> None:
-    if not integers:
+    if integers:
+        checks.integer_tensor(name, value)
+    else:
         checks.floating_tensor(name, value)
-    elif not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
-        checks.fail_type(name, "an int32 or int64 tensor", value)
     if value.device != query.device:
         checks.fail_value(name, f"device {query.device}, that of query", value)
 
@@ -256,7 +253,8 @@ def _fake(tensors: Tensors, options: Options, sizes: Any, needs: Sequence[bool])
 ATTENTION = Operation(
     "attention", Tensors, Options, differentiable=5, outputs=2, results=3, signature=_signature, check=_check,
     eager=eager.attention, forward=_forward, keep=_keep, backward=_backward, fake=_fake,
-    sizes=("max_len_q", "max_len_k"), dropouts=("dropout_p",), cast=3, grad_signature=_signature_of_gradients,
+    sizes=("max_len_q", "max_len_k"), dropouts=("dropout_p",), contiguous=(4, 6, 7), cast=3,
+    grad_signature=_signature_of_gradients,
 )  # fmt: skip
 
 
@@ -297,6 +295,6 @@ WITH_WEIGHTS = Operation(
     "attention_with_weights", Tensors, Options, differentiable=5, outputs=2, results=3, signature=_signature,
     check=_check, eager=eager.attention_with_weights, forward=_with_weights, keep=_keep,
     backward=_backward_with_weights, fake=_fake_with_weights,
-    sizes=("max_len_q", "max_len_k", "first_row", "row_count"), dropouts=("dropout_p",), cast=3,
-    grad_signature=_signature_of_gradients,
+    sizes=("max_len_q", "max_len_k", "first_row", "row_count"), dropouts=("dropout_p",), contiguous=(4, 6, 7),
+    cast=3, grad_signature=_signature_of_gradients,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Argument checks. The public functions test the good case in one expression and come here to explain a bad one."""
+"""Argument checks: each raises for a bad argument, and names it, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+HALF = frozenset({torch.float16, torch.bfloat16})
 
 
 def describe(value: Any) -> str:
@@ -38,11 +39,20 @@ def differ(a: torch.Size, b: torch.Size) -> bool:
     return len(a) != len(b) or any(m != n for m, n in zip(a, b, strict=True))
 
 
-def same_kind(argument: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
-    """Raise unless `value` has the dtype (TypeError) and device (ValueError) of `reference`."""
+def integer_tensor(argument: str, value: Any) -> None:
+    """Raise TypeError unless `value` is an int32 or int64 tensor."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+        fail_type(argument, "an int64 or int32 tensor", value)
+
+
+def same_kind(argument: str, value: Any, reference_name: str, reference: Tensor, or_float32: bool = False) -> None:
+    """Raise unless `value` has the dtype (TypeError) and device (ValueError) of `reference`; with `or_float32` float32
+    goes with a half-precision reference too."""
     floating_tensor(argument, value)
-    if value.dtype != reference.dtype:
-        fail_type(argument, f"dtype {reference.dtype}, that of {reference_name}", value)
+    wider = or_float32 and reference.dtype in HALF
+    if value.dtype != reference.dtype and not (wider and value.dtype == torch.float32):
+        expected = f"dtype {reference.dtype}, that of {reference_name}{', or torch.float32' if wider else ''}"
+        fail_type(argument, expected, value)
     if value.device != reference.device:
         fail_value(argument, f"device {reference.device}, that of {reference_name}", value)
 

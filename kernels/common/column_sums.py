@@ -87,3 +87,16 @@ class ColumnSums:
             self._programs = sum(triton.cdiv(width, BLOCK_N.value) for width in fixed[2])
             self._launch = launch(column_sums_kernel, jobs[0].out.device.index, *fixed, JOBS=len(jobs))
         self._launch(self._programs, 1, *changing)
+
+
+def with_sums(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls `launch` with a list as its last argument and then does the jobs that it put there."""
+    sums = ColumnSums()
+
+    def run(*arguments: Any) -> Any:
+        jobs: list[Job] = []
+        found = launch(*arguments, jobs)
+        sums(jobs)
+        return found
+
+    return run

@@ -67,6 +67,8 @@ class Operation:
     """Names of numbers that differ from batch to batch."""
     dropouts: tuple[str, ...] = ()
     """The options that are probabilities of a dropout; the last tensors are their keys."""
+    contiguous: tuple[int, ...] = ()
+    """Positions of the tensors that kernels read as contiguous; others are copied first."""
     cast: int = 0
     """So many first tensors are cast under autocast,"""
     cast_to: torch.dtype | None = None
@@ -104,7 +106,9 @@ class Operation:
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
             key = None  # no tensors, or such that have no memory (torch.func, fake tensors)
         if found is None:
-            found = self._plan(key, tensors, options, sizes, needs, autocast)
+            found = self._plan(tensors, options, sizes, needs, autocast)
+            if key is not None:
+                self.plans.add(key, found)
         found.recent, backend.last = True, found.backend
         if found.prepare:
             tensors = _apply(found.prepare, tensors)
@@ -113,15 +117,14 @@ class Operation:
         return found.call(*tensors, *self.no_keys, *sizes)
 
     def _plan(
-        self, key: Hashable, tensors: tuple[Any, ...], options: tuple[Any, ...], sizes: tuple[int, ...],
-        needs: tuple[bool, ...], autocast: torch.dtype | None,
+        self, tensors: tuple[Any, ...], options: tuple[Any, ...], sizes: tuple[int, ...], needs: tuple[bool, ...],
+        autocast: torch.dtype | None,
     ) -> Plan:  # fmt: skip
         prepare, examples, numbers = self._checked(tensors, options, sizes, autocast)
         x = examples[0]
         other = self._other(examples, numbers, autocast)
         if other is not None:
-            made = Plan(backend.last, prepare, call=other)
-            return self.plans.add(key, made) if key is not None else made
+            return Plan(backend.last, prepare, call=other)
         seeds = tuple(getattr(numbers, name) > 0.0 for name in self.dropouts)
         kernels = backend.use_triton(x)
         made = Plan(backend.last, prepare, seeds if any(seeds) else ())
@@ -140,7 +143,7 @@ class Operation:
                 made.call = functools.partial(_apply_kernels, made)
         else:
             made.call = functools.partial(self._eager, numbers, autocast is not None)
-        return self.plans.add(key, made) if key is not None else made
+        return made
 
     def _checked(
         self, tensors: tuple[Any, ...], options: tuple[Any, ...], sizes: tuple[int, ...], autocast: torch.dtype | None
@@ -155,7 +158,13 @@ class Operation:
             )  # fmt: skip
         examples = _apply(casts, tensors)
         prepare, numbers = self.check(examples, options, sizes, autocast is not None)
+        prepare = (*prepare, *self._copies(examples))
         return (*casts, *prepare), _apply(prepare, examples), numbers
+
+    def _copies(self, tensors: tuple[Any, ...]) -> Prepare:
+        """Conversions of the tensors that have to be contiguous and are not."""
+        there = ((i, tensors[i]) for i in self.contiguous)
+        return tuple((i, Tensor.contiguous) for i, t in there if t is not None and not t.is_contiguous())
 
     def _other(self, tensors: tuple[Any, ...], numbers: Any, autocast: torch.dtype | None) -> Any:
         if self.instead is None:
@@ -217,12 +226,10 @@ class Operation:
     def _operator(self, *arguments: Any) -> tuple[Tensor, ...]:
         tensors, numbers, sizes, needs = self._split(arguments)
         if backend.use_triton(tensors[0]):
-            key = (_signatures(tensors), numbers, sizes, needs, plan.switches)
-            found = self._raw_plans.found.get(key) or self._raw_plans.add(
-                key, Plan(backend.last, call=self.forward(tensors, numbers, sizes, needs))
-            )
-            found.recent = True
-            results = found.call(*tensors, *sizes)
+            tensors = self.tensors(*_apply(self._copies(tensors), tensors))
+            key = (plan.of_parameters(tensors), numbers, sizes, needs, plan.switches)
+            launch = self._raw_plans.get(key, lambda: self.forward(tensors, numbers, sizes, needs)).call
+            results = launch(*tensors, *sizes)
         else:
             results = self.eager(tensors, numbers, *sizes)
             results = (*results, *[None] * (self.results - len(results)))
@@ -238,7 +245,7 @@ class Operation:
         return tuple(arguments[0].new_empty(0) if t is None else t for t in self._fake_results(arguments))
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors, ctx.numbers, ctx.operation_sizes, ctx.needs = self._split(inputs)
+        tensors, ctx.numbers, ctx.operation_sizes, _ = self._split(inputs)
         there = self._fake_results(inputs)
         ctx.there = [t is not None for t in there[: self.outputs]]
         saved: Any = tensors
@@ -270,16 +277,13 @@ class Operation:
         numbers, sizes = self._split_backward(given)
         first = next(g for g in (*grads, *saved) if g is not None)
         if backend.use_triton(first):
-            key = (_signatures((*grads, *saved)), numbers, sizes, tuple(needs), plan.switches)
-            found = self._raw_backwards.found.get(key) or self._raw_backwards.add(
-                key, Plan(backend.last, call=self.backward(grads, saved, numbers, sizes, tuple(needs)))
-            )
-            found.recent = True
-            results = found.call(grads, saved, *sizes)
+            key = (plan.of_parameters((*grads, *saved)), numbers, sizes, tuple(needs), plan.switches)
+            made = self._raw_backwards.get(key, lambda: self.backward(grads, saved, numbers, sizes, tuple(needs)))
+            results = made.call(grads, saved, *sizes)
         else:
             results = self._eager_gradients(grads, saved, numbers, sizes, needs)
         found = [t if need else None for t, need in zip(results, needs, strict=True)]
-        return list(_tensors_only(first, found, of_dtype=_like_dtypes(like)))
+        return list(_tensors_only(first, found, [dtype for dtype, _ in _forms(like)]))
 
     def _eager_gradients(
         self, grads: list[Any], tensors: list[Any], numbers: Any, sizes: tuple[int, ...], needs: Sequence[bool]
@@ -297,15 +301,8 @@ class Operation:
     def _fake_backward(self, grads: list[Any], saved: list[Any], *rest: Any) -> list[Tensor]:
         needs, like = rest[-2:]
         first = next(g for g in (*grads, *saved) if g is not None)
-        found, at = [], 0
-        for need in needs:
-            code, size = like[at], []
-            at += 1
-            if code >= 0:
-                size = like[at + 1 : at + 1 + like[at]]
-                at += 1 + like[at]
-            found.append(first.new_empty(size if need else [0], dtype=_DTYPES[max(code, 0)]))
-        return found
+        forms = zip(needs, _forms(like), strict=True)
+        return [first.new_empty(size if need else [0], dtype=dtype) for need, (dtype, size) in forms]
 
     def _autocast_rule(self, device_type: str, *arguments: Any) -> Any:
         dtype = self.cast_to or torch.get_autocast_dtype(device_type)
@@ -334,17 +331,17 @@ def _tensors_only(like: Tensor, results: Sequence[Any], of_dtype: Sequence[Any] 
     return tuple(found)
 
 
-def _like_dtypes(like: Sequence[int]) -> list[torch.dtype]:
+def _forms(like: Sequence[int]) -> list[tuple[torch.dtype, Sequence[int]]]:
+    """Dtypes and shapes, which an operator takes as numbers: of each tensor the dtype's, -1 for no tensor, and if there
+    is one the number of dimensions and the sizes."""
     found, at = [], 0
     while at < len(like):
-        found.append(_DTYPES[max(like[at], 0)])
-        at += 1 if like[at] < 0 else 2 + like[at + 1]
+        code, end = like[at], at + 1
+        if code >= 0:
+            end = at + 2 + like[at + 1]
+        found.append((_DTYPES[max(code, 0)], like[at + 2 : end]))
+        at = end
     return found
-
-
-def _signatures(tensors: Sequence[Tensor | None]) -> Hashable:
-    """All that a kernel could depend on of any tensors."""
-    return tuple([plan.of_parameter(t) for t in tensors])
 
 
 def _apply(prepare: Prepare, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -403,59 +400,20 @@ _apply_kernels = compat.quick_apply(_Kernels)
 def _run_backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     if grads[0] is None and all(g is None for g in grads):
         return (None,) * len(ctx.needs_input_grad)
-    made, saved = ctx.made, ctx.saved_tensors
+    made, saved, sizes = ctx.made, ctx.saved_tensors, ctx.sizes
     operation = made.operation
     needs = ctx.needs_input_grad[1 : operation.differentiable + 1]
     key = (needs, operation.grad_signature(*grads), plan.switches)
-    found = made.backwards.found.get(key)
-    if found is None:
-        launch = operation.backward(grads, saved, made.numbers, ctx.sizes, needs)
-        found = made.backwards.add(key, Plan(made.backend, call=launch))
-    return (None, *found.call(grads, saved, *ctx.sizes), *operation.no_gradients)
-
-
-def register(
-    schema: str,
-    implementation: Callable[..., Any],
-    fake: Callable[..., Any],
-    *,
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
-    cast: int | None = None,
-) -> Any:
-    """Define ``fusenc::<schema>`` for every device; with a backward formula it also gets its autocast rule, which
-    concerns the first `cast` arguments, or all."""
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fusenc::{name}", fake, lib=_LIBRARY)
-    operator = getattr(torch.ops.fusenc, name).default
-    if backward is not None:
-        torch.library.register_autograd(f"fusenc::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-        for device_type in ("cpu", "cuda"):
-            _LIBRARY.impl(name, _autocast_rule(operator, device_type, cast), f"Autocast{device_type.upper()}")
-    return operator
-
-
-def _autocast_rule(operator: Any, device_type: str, count: int | None) -> Callable[..., Any]:
-    def rule(*args: Any) -> Any:
-        cast = autocast_inputs(device_type, *args[:count])
-        with torch.autocast(device_type, enabled=False):
-            return operator(*cast, *args[len(cast) :])
-
-    return rule
-
-
-def autocast_inputs(device_type: str, *args: Any) -> tuple[Any, ...]:
-    """The floating tensors among `args` in the dtype of the autocast in force, as for torch's own matrix products."""
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a for a in args
-    )
+    launch = made.backwards.get(key, lambda: operation.backward(grads, saved, made.numbers, sizes, needs)).call
+    return (None, *launch(grads, saved, *sizes), *operation.no_gradients)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """A gradient as it is, which raises when it is differentiated itself."""
+    """A gradient as it is, which raises when it is differentiated itself.
+
+    `torch.autograd.function.once_differentiable` raises only if the incoming gradient is itself differentiable;
+    otherwise its result is a constant, and a gradient penalty would add nothing without a word.
+    """
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:  # type: ignore[override]
@@ -464,22 +422,3 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *unused: Any) -> Any:  # type: ignore[override]
         raise RuntimeError("fusenc's kernels have a first derivative only; use plain PyTorch where a second is needed")
-
-
-def first_derivative(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """For an autograd function's backward: its gradients raise when they are differentiated.
-
-    `torch.autograd.function.once_differentiable` raises only if the incoming gradient is itself differentiable;
-    otherwise its result is a constant, and a gradient penalty would add nothing without a word.
-    """
-
-    @functools.wraps(backward)
-    def wrapped(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return results
-        depends_on = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
-        return tuple(None if r is None else _NoSecondDerivative.apply(r, *depends_on) for r in results)
-
-    return wrapped

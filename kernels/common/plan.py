@@ -88,6 +88,14 @@ class Plans:
             self.found[key] = plan
         return plan
 
+    def get(self, key: Hashable, make: Callable[[], Callable[..., Any]]) -> Any:
+        """The plan of a key; if there is none, one of the function that `make` returns."""
+        plan = self.found.get(key)
+        if plan is None:
+            plan = self.add(key, Plan(None, call=make()))
+        plan.recent = True
+        return plan
+
     def clear(self) -> None:
         """Forget all plans."""
         with self._lock:
@@ -157,13 +165,8 @@ def of_parameter(t: Tensor | None) -> Hashable:
 
 
 def of_parameters(tensors: Sequence[Tensor | None]) -> Hashable:
-    """Signature of several tensors whose form is the same in each call."""
-    return tuple(
-        [
-            t if t is None else (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.device, t.data_ptr() & 15)
-            for t in tensors
-        ]
-    )
+    """Signature of several such tensors."""
+    return tuple([of_parameter(t) for t in tensors])
 
 
 def of_vector(t: Tensor | None) -> Any:

@@ -14,7 +14,6 @@ from . import eager
 from .arguments import Options, Tables
 
 NORMS = ("layer", "rms")
-ID_DTYPES = frozenset({torch.int64, torch.int32})
 
 
 def _signature(
@@ -65,8 +64,7 @@ def _check(tensors: Any, options: Any, sizes: Any, autocast: bool) -> tuple[Prep
                 checks.fail_value(name, f"at least {least} rows", table)
         if value is None and name != "word_weight":
             continue
-        if not isinstance(value, Tensor) or value.dtype not in ID_DTYPES:
-            checks.fail_type(ids_name, "an int64 or int32 tensor", value)
+        checks.integer_tensor(ids_name, value)
         if value.device != word.device:
             checks.fail_value(ids_name, f"device {word.device}, that of word_weight", value)
         if ids.dim() == 0:

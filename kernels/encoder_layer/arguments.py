@@ -53,7 +53,7 @@ class Tensors(NamedTuple):
     attn_mask: Tensor | None
     """Four dimensions, each 1 or that of ``[B, H, L, L]``."""
     cu_seqlens: Tensor | None
-    """int32 ``[B + 1]``, of a packed batch."""
+    """``[B + 1]``, of a packed batch."""
     attention_seed: Tensor | None = None
     projection_seed: Tensor | None = None
     hidden_seed: Tensor | None = None

@@ -37,6 +37,9 @@ from .arguments import (
 _WEIGHTS = len(LayerWeights._fields)
 _FIELDS = len(Tensors._fields)
 _RESULTS = 12
+_VECTORS = tuple(Tensors._fields.index(name) for name in (
+    "out_proj_bias", "norm1_weight", "norm1_bias", "bias1", "bias2", "norm2_weight", "norm2_bias", "cu_seqlens",
+))  # fmt: skip
 _DROPOUTS = ("attention_p", "projection_p", "hidden_p", "output_p")
 
 
@@ -96,8 +99,6 @@ def _check(tensors: Any, options: Any, sizes: tuple[int, ...], autocast: bool) -
     if cu_seqlens is not None:
         check_starts("cu_seqlens", cu_seqlens, "max_seqlen", sizes[0], src)
         batch, length = cu_seqlens.shape[0] - 1, sizes[0]
-        if cu_seqlens.dtype != torch.int32:
-            prepare.append((_WEIGHTS + 2, Tensor.int))
     else:
         batch, length = src.shape[:2] if batch_first else (src.shape[1], src.shape[0])
     if attn_mask is not None:
@@ -294,5 +295,5 @@ def _backward(
 ENCODER_LAYER = Operation(
     "encoder_layer", Tensors, Options, differentiable=_WEIGHTS + 2, outputs=1, results=_RESULTS, signature=_signature,
     check=_check, eager=eager.encoder_layer, forward=_forward, keep=_keep, backward=_backward,
-    sizes=("max_seqlen", "batch_second"), dropouts=_DROPOUTS, instead=_instead,
+    sizes=("max_seqlen", "batch_second"), dropouts=_DROPOUTS, instead=_instead, contiguous=_VECTORS,
 )  # fmt: skip

@@ -121,7 +121,7 @@ def _layer(
     kernel, or in the vendor's product and a pointwise kernel."""
     (width, inner), of_x, index, flat = weight.shape, x.dtype, x.device.index, as_rows(x)
     columns, dtype = width // 2 if gated else width, of_x if residual is None else residual.dtype
-    plain = all(t is None or t.is_contiguous() for t in (x, bias, residual))
+    plain = all(t is None or t.is_contiguous() for t in (x, residual))
     fused = fused and columns > 0 and inner > 0
     in_place = not (fused or store_hidden or gated) and dtype == of_x  # nobody needs the pre-activation again
     fixed: dict[str, Any] = {"ACTIVATION": activation, "GATED": gated}
@@ -141,7 +141,6 @@ def _layer(
     def run(x: Tensor, weight: Tensor, bias: Any, seed: Any, residual: Any = None) -> tuple[Any, Any]:
         if not plain:
             x, residual = as_rows(x), None if residual is None else as_rows(residual)
-            bias = None if bias is None else bias.contiguous()
         if fused:
             rows = x.numel() // inner
             hidden = torch.empty((rows, width), dtype=of_x, device=x.device) if store_hidden else None

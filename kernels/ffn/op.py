@@ -16,8 +16,6 @@ from ..common.operator import Operation, Prepare
 from . import eager
 from .arguments import LinearOptions, LinearTensors, Options, Saved, Tensors, stored
 
-_NARROW = (torch.float16, torch.bfloat16)
-
 
 def _signature(
     x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, residual: Tensor | None
@@ -46,11 +44,7 @@ def _check(tensors: Any, options: Any, sizes: Any, autocast: bool) -> tuple[Prep
     width = _check_layer(x, x.shape[-1], "x", "weight1", weight1, "bias1", bias1, gated)
     d_out = _check_layer(x, width, "weight1", "weight2", weight2, "bias2", bias2, False)
     if residual is not None:
-        checks.floating_tensor("residual", residual)
-        if residual.dtype != x.dtype and not (residual.dtype == torch.float32 and x.dtype in _NARROW):
-            checks.fail_type("residual", f"dtype {x.dtype}, that of x, or torch.float32", residual)
-        if residual.device != x.device:
-            checks.fail_value("residual", f"device {x.device}, that of x", residual)
+        checks.same_kind("residual", residual, "x", x, or_float32=True)
         if checks.differ(residual.shape, torch.Size((*x.shape[:-1], d_out))):
             checks.fail_value("residual", f"shape {[*x.shape[:-1], d_out]}, that of the result", residual)
     p, out_p = (float(dropout_p), float(out_dropout_p)) if training else (0.0, 0.0)
@@ -145,18 +139,11 @@ def _linear_keep(tensors: Sequence[Any], results: Sequence[Any], options: Linear
 
 
 def _backward(grads: Any, saved: Any, options: Options, sizes: Any, needs: Sequence[bool]) -> Callable[..., Any]:
-    from ..common.column_sums import ColumnSums
+    from ..common.column_sums import with_sums
     from .backward import ffn_backward
 
-    launch, sums = ffn_backward(grads[0], Saved(*saved), options, needs[:5]), ColumnSums()
-
-    def run(grads: Sequence[Any], saved: Sequence[Any]) -> Any:
-        jobs: list[Any] = []
-        found = launch(grads[0], saved, jobs)
-        sums(jobs)
-        return *found, grads[0] if needs[5] else None
-
-    return run
+    launch = with_sums(ffn_backward(grads[0], Saved(*saved), options, needs[:5]))
+    return lambda grads, saved: (*launch(grads[0], saved), grads[0] if needs[5] else None)
 
 
 def _linear_backward(grads: Any, saved: Any, options: LinearOptions, sizes: Any, needs: Any) -> Callable[..., Any]:
@@ -185,10 +172,11 @@ def _linear_fake(tensors: LinearTensors, options: LinearOptions, sizes: Any, nee
 
 FFN = Operation(
     "ffn", Tensors, Options, differentiable=6, outputs=1, results=3, signature=_signature, check=_check, eager=_eager,
-    forward=_forward, keep=_keep, backward=_backward, fake=_fake, dropouts=("dropout_p", "out_dropout_p"), cast=5,
+    forward=_forward, keep=_keep, backward=_backward, fake=_fake, dropouts=("dropout_p", "out_dropout_p"),
+    contiguous=(2, 4), cast=5,
 )  # fmt: skip
 LINEAR_ACT = Operation(
     "linear_act", LinearTensors, LinearOptions, differentiable=3, outputs=1, results=2, signature=_of_layer,
     check=_linear_check, eager=_linear_eager, forward=_linear_forward, keep=_linear_keep, backward=_linear_backward,
-    fake=_linear_fake, dropouts=("dropout_p",), cast=3,
+    fake=_linear_fake, dropouts=("dropout_p",), contiguous=(2,), cast=3,
 )  # fmt: skip

@@ -111,7 +111,6 @@ def whole_ffn(
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rows = x.numel() // d_model
         if rows:
-            bias1, bias2 = None if bias1 is None else bias1.contiguous(), None if bias2 is None else bias2.contiguous()
             added = None if residual is None else as_rows(residual)
             go(-(-rows // config.block_m), 1, as_rows(x), weight1, bias1, weight2, bias2, added, out, rows)
         return out

@@ -6,15 +6,12 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..common import checks
 from ..common.operator import Operation, Prepare
 from . import eager
 from .eager import Options, Tensors
-
-ID_DTYPES = frozenset({torch.int64, torch.int32})
 
 
 def _signature(query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor, ids: Tensor | None) -> Hashable:
@@ -74,8 +71,7 @@ def _check(tensors: Any, options: Any, sizes: Any, autocast: bool) -> tuple[Prep
     if checks.differ(sin.shape, cos.shape):
         checks.fail_value("sin", f"shape {list(cos.shape)}, that of cos", sin)
     if ids is not None:
-        if not isinstance(ids, Tensor) or ids.dtype not in ID_DTYPES:
-            checks.fail_type("position_ids", "an int64 or int32 tensor or None", ids)
+        checks.integer_tensor("position_ids", ids)
         if cos.dim() == 3:
             checks.fail_value("position_ids", "None, since cos has a row for each token", ids)
         fits = ids.device == query.device and ids.dim() in ((1,) if packed else (1, 2)) and ids.shape[-1] == tokens

@@ -12,6 +12,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from contract import assert_same, output_and_gradients
 from fusenc.kernels import (
     LayerWeights,
     add_norm,
@@ -30,6 +31,7 @@ from fusenc.kernels.add_norm.op import ADD_NORM
 from fusenc.kernels.common import plan
 from fusenc.kernels.common.plan import Plan, Plans
 from tolerances import SAME_ALGORITHM
+from torch import Tensor
 
 triton = pytest.importorskip("triton")
 compiled = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled")
@@ -169,6 +171,7 @@ def test_backends_do_not_share_plans():
 def test_a_launch_asks_for_the_stream_each_time_and_obeys_hooks(monkeypatch):
     from fusenc.bench.stub_driver import stubbed_driver
     from triton import knobs
+    from triton.compiler import CompiledKernel
     from triton.runtime import driver
 
     x, weight = torch.randn(4, WIDTH), torch.ones(WIDTH)
@@ -178,13 +181,20 @@ def test_a_launch_asks_for_the_stream_each_time_and_obeys_hooks(monkeypatch):
         for _ in range(3):
             add_norm(x, x, weight)
         assert next(streams) == utils.launches == 3
-        hooked = []
-        knobs.runtime.launch_enter_hook.add(hooked.append)
+        through_jit = []
+        original = CompiledKernel.launch_metadata
+        monkeypatch.setattr(
+            CompiledKernel, "launch_metadata", lambda *arguments: through_jit.append(original(*arguments))
+        )
+        add_norm(x, x, weight)
+        assert utils.launches == 4 and not through_jit
+        hook = lambda metadata: None  # noqa: E731
+        knobs.runtime.launch_enter_hook.add(hook)
         try:
             add_norm(x, x, weight)
         finally:
-            knobs.runtime.launch_enter_hook.remove(hooked.append)
-        assert utils.launches == 4
+            knobs.runtime.launch_enter_hook.remove(hook)
+        assert utils.launches == 5 and len(through_jit) == 1
 
 
 def test_threads_share_plans():
@@ -281,3 +291,51 @@ def test_a_single_row_says_nothing_of_the_stride_of_rows(device):
     add_norm(torch.randn(1, 5 * WIDTH, device=device)[:, :WIDTH], None, weight)
     out = add_norm(x, None, weight)
     torch.testing.assert_close(out, F.layer_norm(x, (WIDTH,), weight), rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+
+
+def strided(*shape):
+    """Every second of more elements: not contiguous."""
+    return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+
+
+STRIDED = {
+    "add_norm": (
+        lambda x, w, b, x_bias: add_norm(x, x, w, b, x_bias=x_bias, recompute=True), [(5, WIDTH), *[(WIDTH,)] * 3],
+    ),
+    "ffn": (
+        lambda *t: ffn(*t, fused=True), [(5, WIDTH), (HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,)],
+    ),
+    "attention": (
+        lambda q, bias: attention(q, q, q, relative_bias=bias, seqlens_k=torch.tensor([5, 0, 3, 0]).to(q.device)[::2]),
+        [(2, HEADS, 5, 16), (HEADS, 5)],
+    ),
+    "embed_norm": (
+        lambda *t: embed_norm(torch.tensor([[1, 0, 2]]).to(t[0].device), t[0], norm_weight=t[1], norm_bias=t[2]),
+        [(3, WIDTH), (WIDTH,), (WIDTH,)],
+    ),
+    "encoder_layer": (
+        lambda x, *w: encoder_layer(x, LayerWeights(*w), HEADS), [(2, 5, WIDTH), *[t.shape for t in layer_weights()]],
+    ),
+    "encoder_layer, packed": (
+        lambda x, *w: encoder_layer(
+            x, LayerWeights(*w), HEADS, max_seqlen=4,
+            cu_seqlens=torch.tensor([0, 9, 3, 9, 7, 9], dtype=torch.int32).to(x.device)[::2],
+        ),
+        [(7, WIDTH), *[t.shape for t in layer_weights()]],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.kernel
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", list(STRIDED))
+def test_arguments_need_not_be_contiguous(name, device):
+    """Kernels read vectors along by one; gradients tell as well as outputs."""
+    call, shapes = STRIDED[name]
+    inputs = [strided(*shape).to(device) for shape in shapes]
+    results = []
+    for backend, place in (("auto", lambda t: t), ("eager", Tensor.contiguous)):
+        leaves = [place(t).detach().requires_grad_() for t in inputs]
+        with use_backend(backend):
+            results.append(output_and_gradients(call(*leaves), leaves))
+    assert_same(*results, SAME_ALGORITHM)

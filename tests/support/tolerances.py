@@ -44,3 +44,7 @@ EMBEDDINGS = 1e-5
 
 LOSS_CURVE = 1e-4
 """Ten training steps, relative difference of the losses: rounding differences that the optimiser amplifies."""
+
+HOST_COST = 1.3
+"""A host cost over that of PyTorch's own functions in the same run, times what is held: such a ratio varies with the
+machine and with what else it does."""
