@@ -217,16 +217,15 @@ class Operation:
             _LIBRARY.impl(self.name, rule, f"Autocast{device_type.upper()}")
 
     def _split(self, arguments: Sequence[Any]) -> tuple[Any, Any, tuple[int, ...], tuple[bool, ...]]:
-        """Tensors, numbers, sizes and needs of an operator's arguments."""
+        """Tensors as kernels read them, numbers, sizes and needs of an operator's arguments."""
         end = self._fields + len(self.options._fields)  # type: ignore[attr-defined]
-        tensors, numbers = self.tensors(*arguments[: self._fields]), self.options(*arguments[self._fields : end])
-        needs = tuple(arguments[-1])
-        return tensors, numbers, tuple(arguments[end:-1]), needs if True in needs else ()
+        given, needs = tuple(arguments[: self._fields]), tuple(arguments[-1])
+        tensors, numbers = _apply(self._copies(given), given), self.options(*arguments[self._fields : end])
+        return self.tensors(*tensors), numbers, tuple(arguments[end:-1]), needs if True in needs else ()
 
     def _operator(self, *arguments: Any) -> tuple[Tensor, ...]:
         tensors, numbers, sizes, needs = self._split(arguments)
         if backend.use_triton(tensors[0]):
-            tensors = self.tensors(*_apply(self._copies(tensors), tensors))
             key = (plan.of_parameters(tensors), numbers, sizes, needs, plan.switches)
             launch = self._raw_plans.get(key, lambda: self.forward(tensors, numbers, sizes, needs)).call
             results = launch(*tensors, *sizes)

@@ -339,3 +339,18 @@ def test_arguments_need_not_be_contiguous(name, device):
         with use_backend(backend):
             results.append(output_and_gradients(call(*leaves), leaves))
     assert_same(*results, SAME_ALGORITHM)
+
+
+@pytest.mark.kernel
+@pytest.mark.interpreter
+def test_an_operators_arguments_need_not_be_contiguous(device):
+    """The registered operator, which keeps the copies for its backward pass."""
+    x, weight, bias = (t.to(device) for t in (torch.randn(5, WIDTH), strided(WIDTH), strided(WIDTH)))
+    options = ADD_NORM.options(0.0, 1e-5, False, False, False, False, True, False, x.dtype)
+    results = []
+    for place in (lambda t: t, Tensor.contiguous):
+        leaves = [place(t).detach().requires_grad_() for t in (x, weight, bias)]
+        needs = [True, False, True, True, False]
+        out = ADD_NORM.operator(leaves[0], None, *leaves[1:], None, None, *options, needs)[0]
+        results.append(output_and_gradients(out, leaves))
+    assert_same(*results, 0.0)
