@@ -302,14 +302,14 @@ def add_norm_backward(
         dout, dsum = grads
         x, residual, weight, bias, x_bias, statistics, seed = saved
         assert x is not None
-        size, place = x.shape, x.device
+        size = x.shape
         if dout is None:
-            dout = torch.zeros(size, dtype=dtype, device=place)
+            dout = x.new_zeros(size, dtype=dtype)
         dz = dx = partial = means = None
         if need_residual:
-            dz = torch.empty_like(dout) if rowwise and alike else torch.empty(size, dtype=dtype_z, device=place)
+            dz = torch.empty_like(dout) if rowwise and alike else x.new_empty(size, dtype=dtype_z)
         if need_x and not shared:
-            dx = torch.empty_like(dout) if rowwise else torch.empty(size, dtype=dtype, device=place)
+            dx = torch.empty_like(dout) if rowwise else x.new_empty(size, dtype=dtype)
         dweight = torch.empty_like(weight) if need_weight else None  # type: ignore[arg-type]
         dbias = torch.empty_like(bias) if need_bias else None  # type: ignore[arg-type]
         dx_bias = torch.empty_like(x_bias) if need_x_bias else None  # type: ignore[arg-type]
@@ -323,14 +323,14 @@ def add_norm_backward(
         programs = -(-rows // rows_per_program)
         tensors = (x, residual, weight, x_bias if recompute else None, statistics, seed)
         if count:
-            partial = torch.empty((programs, count, width), dtype=torch.float32, device=place)
+            partial = x.new_empty((programs, count, width), dtype=torch.float32)
             offset = 0
             for out in (dweight, dbias, dx_bias):
                 if out is not None:
                     jobs.append(Job(partial, offset, programs, out))
                     offset += width
         if parts:
-            means = torch.empty((1 if options.rms else 2) * rows, dtype=torch.float32, device=place)
+            means = x.new_empty((1 if options.rms else 2) * rows, dtype=torch.float32)
             find_means(rows, 1, dout, *tensors, means, rows)
         go(programs, column_blocks, dout, dsum, *tensors, means, dx, dz, partial, rows, rows_per_program)
         return dz if shared else dx, dz, dweight, dbias, dx_bias

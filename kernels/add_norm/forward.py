@@ -241,14 +241,14 @@ def add_norm_forward(like: Tensors, options: Options, needs: tuple[bool, ...]) -
         x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, x_bias: Tensor | None,
         seed: Tensor | None,
     ) -> Results:  # fmt: skip
-        out = torch.empty_like(x) if plain else torch.empty(x.shape, dtype=dtype, device=x.device)
+        out = torch.empty_like(x) if plain else x.new_empty(x.shape)
         total = None
         if store_sum:
-            total = torch.empty_like(out) if of_sum == dtype else torch.empty(x.shape, dtype=of_sum, device=x.device)
+            total = torch.empty_like(out) if of_sum == dtype else x.new_empty(x.shape, dtype=of_sum)
         rows = x.numel() // width
         statistics = None
         if per_row:
-            statistics = torch.empty(per_row * rows, dtype=torch.float32, device=x.device)
+            statistics = x.new_empty(per_row * rows, dtype=torch.float32)
         if not plain:
             x, residual = as_rows(x), None if residual is None else as_rows(residual)
         tensors = (x, residual, weight, bias, x_bias, seed, out, total, statistics)

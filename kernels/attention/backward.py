@@ -215,7 +215,7 @@ def attention_dq_kernel(
         store_rows(result(dq_ptr, at, h, at.first_q, strides_dq, S), rows, stored, dq, S.HEAD_DIM, S)
 
 
-_NO_JOBS = column_sums.arguments([])
+_NO_JOBS = column_sums.changing([])
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Of query, key, value, attn_mask and relative_bias."""
 
@@ -270,19 +270,20 @@ def attention_backward(
         blocks = -(-max_len_q // on_dq.block_m) * many
         if bias_sums:
             widths = (nhead * head_dim, nhead // group * head_dim, nhead // group * value_dim)
-            q_bias = torch.empty((blocks, widths[0]), dtype=torch.float32, device=query.device)
-            v_bias = torch.empty((blocks * group, widths[2]), dtype=torch.float32, device=query.device)
+            q_bias = query.new_empty((blocks, widths[0]), dtype=torch.float32)
+            v_bias = query.new_empty((blocks * group, widths[2]), dtype=torch.float32)
             of_q, of_k, of_v = dbias.split(widths)
             # A key's bias: no row adds up to 0.
             jobs += [Job(q_bias, 0, blocks, of_q), Job(q_bias, 0, 0, of_k), Job(v_bias, 0, blocks * group, of_v)]
-        delta = torch.empty(math.prod(call.rows_of(query)), dtype=torch.float32, device=query.device)
+        delta = query.new_empty(math.prod(call.rows_of(query)), dtype=torch.float32)
         changing = call.changing(tensors, max_len_q, max_len_k, out, dout)
         given = (out, dout, dlse, statistics, delta, dq, q_bias, v_bias)
         go_dq(blocks * nhead, 1, tensors, *given, strides_dq or (0, 0, 0), *changing)
         if dk is not None:
-            (partials, sums, partial_rows), of_jobs = _NO_JOBS if not jobs else column_sums.arguments(jobs)
             if go_dkdv is None:  # made with the first jobs
-                go_dkdv = call.launch(attention_dkdv_kernel, on_dkdv, *of_jobs, JOBS=len(of_jobs[0]))
+                fixed = column_sums.fixed(jobs or [])
+                go_dkdv = call.launch(attention_dkdv_kernel, on_dkdv, *fixed, JOBS=len(fixed[0]))
+            partials, sums, partial_rows = column_sums.changing(jobs) if jobs else _NO_JOBS
             go_dkdv(
                 -(-max_len_k // on_dkdv.block_n) * many * (nhead // group), 1, tensors, dout, statistics, delta, dk, dv,
                 partials, sums, strides_dk, strides_dv, partial_rows, *changing,

@@ -110,9 +110,9 @@ def attention_forward(
         out, strides_out = call.new_result(query, value_dim)
         shape, lse, statistics = call.rows_of(query), None, None
         if per_row:
-            statistics = torch.empty(per_row * math.prod(shape), dtype=torch.float32, device=query.device)
+            statistics = query.new_empty(per_row * math.prod(shape), dtype=torch.float32)
         if options.return_lse:
-            lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+            lse = query.new_empty(shape, dtype=torch.float32)
         programs = -(-max_len_q // block_m) * nhead * sequences(tensors, packed)
         if programs:
             changing = call.changing(tensors, max_len_q, max_len_k)

@@ -109,7 +109,7 @@ class Call:
         out = torch.empty_like(like if like.shape[-1] == last else like[..., :1].expand(shape))
         strides = self.result(out)
         if strides[2] > self.longest_row or out.stride(-1) != 1:
-            out = torch.empty(shape, dtype=like.dtype, device=like.device)
+            out = like.new_empty(shape)
             strides = self.result(out)
         return out, strides
 

@@ -202,7 +202,7 @@ def mask_gradient(like: Any, call: Call, options: Options, sizes: Sequence[int])
         if True in sums:  # small: each sequence and head has its own, and they are summed afterwards
             shape = (sequences(given[0], options.packed), call.numbers.nhead, *shape[2:])
             dtype = torch.float32
-        out = torch.empty(shape, dtype=dtype, device=mask.device)
+        out = mask.new_empty(shape, dtype=dtype)
         fill(out, given, changing, max_len_k, 0, max_len_q)
         return out.sum_to_size(mask.shape).to(mask.dtype) if True in sums else out
 
@@ -218,7 +218,7 @@ def softmax_weights(like: Tensors, options: Options, sizes: Sequence[int]) -> Ca
 
     def run(tensors: Any, statistics: Tensor, max_len_q: int, max_len_k: int, first_row: int, row_count: int) -> Tensor:
         shape = (sequences(tensors, options.packed), heads, row_count, max_len_k)
-        out = torch.empty(shape, dtype=torch.float32, device=tensors[0].device)
+        out = tensors[0].new_empty(shape, dtype=torch.float32)
         changing = call.changing(tensors, max_len_q, max_len_k)
         fill(out, (tensors, None, statistics, None), changing, max_len_k, first_row, row_count)
         return out.squeeze(1) if options.average else out
@@ -236,7 +236,7 @@ def relative_gradient(call: Call, options: Options) -> Callable[..., Tensor]:
 
     def run(given: Any, changing: Any, max_len_q: int, max_len_k: int) -> Tensor:
         bias, reach = given[0][4], max(max_len_q, max_len_k) - 1  # no distance is larger
-        out = torch.empty((nhead, 2 * reach + 1), dtype=torch.float32, device=bias.device)
+        out = bias.new_empty((nhead, 2 * reach + 1), dtype=torch.float32)
         many = sequences(given[0], options.packed)
         go(nhead * -(-(2 * reach + 1) // _DIAGONALS), 1, *given, out, many, reach, *changing)
         past = reach - bias.shape[1] // 2

@@ -64,11 +64,16 @@ class Job(NamedTuple):
     """``[width]``, filled."""
 
 
-def arguments(jobs: list[Job]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Arguments of a kernel that calls `add_up_columns`: those that change from call to call, and those that do not."""
-    partials, offsets, rows, outs = zip(*jobs, strict=True) if jobs else ((), (), (), ())
-    strides, widths = tuple([t.stride(0) for t in partials]), tuple([t.shape[0] for t in outs])
-    return (partials, outs, rows), (offsets, strides, widths)
+def changing(jobs: list[Job]) -> tuple[Any, ...]:
+    """The arguments of `add_up_columns` that change from call to call."""
+    partials, _, rows, outs = zip(*jobs, strict=True) if jobs else ((), (), (), ())
+    return partials, outs, rows
+
+
+def fixed(jobs: list[Job]) -> tuple[Any, ...]:
+    """Those that do not."""
+    strides, widths = tuple([job.partial.stride(0) for job in jobs]), tuple([job.out.shape[0] for job in jobs])
+    return tuple([job.offset for job in jobs]), strides, widths
 
 
 class ColumnSums:
@@ -82,11 +87,10 @@ class ColumnSums:
         """Launch the kernel."""
         if not jobs:
             return
-        changing, fixed = arguments(jobs)
         if self._launch is None:
-            self._programs = sum(triton.cdiv(width, BLOCK_N.value) for width in fixed[2])
-            self._launch = launch(column_sums_kernel, jobs[0].out.device.index, *fixed, JOBS=len(jobs))
-        self._launch(self._programs, 1, *changing)
+            self._programs = sum(triton.cdiv(job.out.shape[0], BLOCK_N.value) for job in jobs)
+            self._launch = launch(column_sums_kernel, jobs[0].out.device.index, *fixed(jobs), JOBS=len(jobs))
+        self._launch(self._programs, 1, *changing(jobs))
 
 
 def with_sums(launch: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 PHILOX_ROUNDS = 7
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64)[:, None, None]
-_KEY_STEPS = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint64)
 _LOW_BITS, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
+_KEY_STEPS = np.arange(PHILOX_ROUNDS, dtype=np.uint64)[:, None] * np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint64)
 _CHUNK = 1 << 14  # groups of eight elements at a time: their state stays in the cache
 
 
@@ -64,12 +64,11 @@ def _random_bits(key: int, rows: np.ndarray, columns: int) -> np.ndarray:
     groups = -(-columns // 8)
     even, odd = np.zeros((2, 2, len(rows), groups), dtype=np.uint64)  # words 0 and 2, words 1 and 3
     even[0], even[1], odd[0] = np.arange(groups), (rows >> _32)[:, None], (rows & _LOW_BITS)[:, None]
-    keys = np.array([key & 0xFFFFFFFF, key >> 32], dtype=np.uint64)
-    for _ in range(PHILOX_ROUNDS):
+    keys = (np.array([key & 0xFFFFFFFF, key >> 32], dtype=np.uint64) + _KEY_STEPS) & _LOW_BITS
+    for of_round in keys[:, :, None, None]:
         products = (even * _MULTIPLIERS)[::-1]
-        even = (products >> _32) ^ odd ^ keys[:, None, None]
+        even = (products >> _32) ^ odd ^ of_round
         odd = products & _LOW_BITS
-        keys = (keys + _KEY_STEPS) & _LOW_BITS
     words = np.stack((even[0], odd[0], even[1], odd[1]), -1).astype("<u4")
     return words.view("<u2").reshape(len(rows), 8 * groups)[:, :columns]
 
@@ -85,5 +84,4 @@ def dropout(x: Tensor, seed: Tensor | None, dropout_p: float, first_rows: Sequen
     """
     if seed is None:
         return x
-    kept = (~drop_mask(seed, x.shape, dropout_p, first_rows)).to(torch.promote_types(x.dtype, torch.float32))
-    return (x * kept.mul_(keep_scale(dropout_p))).to(x.dtype)
+    return x.masked_fill(drop_mask(seed, x.shape, dropout_p, first_rows), 0.0) * keep_scale(dropout_p)

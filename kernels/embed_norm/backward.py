@@ -236,7 +236,7 @@ def segment_sums(like: Any, padding: int) -> Callable[[Tensor, Tensor, Tensor], 
         in_order, order = torch.sort(ids.view(-1), stable=True)
         tokens = in_order.shape[0]
         stretches = -(-tokens // _STRETCH)
-        partial = torch.empty(stretches * 2 * width, dtype=torch.float32, device=dz.device)
+        partial = dz.new_empty(stretches * 2 * width, dtype=torch.float32)
         add(stretches, blocks, in_order, order, dz, out, partial, tokens)
         if stretches > 1:
             join(stretches - 1, blocks, in_order, partial, out, tokens)
@@ -295,7 +295,7 @@ def embed_norm_backward(
         dout = dout if rowwise else as_rows(dout)
         dz = torch.empty_like(dout, memory_format=torch.contiguous_format)
         programs, numbers = share(ids)
-        partial = torch.empty(programs * columns, dtype=torch.float32, device=dz.device) if columns else None
+        partial = dz.new_empty(programs * columns, dtype=torch.float32) if columns else None
         go(programs, 1, tables, dout, statistics, dz, partial, *numbers)
         if norms and not held:
             sum_columns(programs, -(-width // _COLUMNS), tables, dout, statistics, partial, *numbers)

@@ -102,17 +102,17 @@ def embed_norm_forward(
         dropout.keep_scale(options.dropout_p), RMS=options.rms, **constants,
     )  # fmt: skip
     share = sharing(like, _PROGRAMS_PER_UNIT * gpu.compute_units(index), constants["BLOCK_M"])
-    per_token, place = 0 if not needs else 1 if options.rms else 2, like.word.device
+    per_token = 0 if not needs else 1 if options.rms else 2
 
     def run(*tensors: Any) -> tuple[Tensor, Tensor | None]:
         tables = Tables(*tensors) if plain else as_read(Tables(*tensors))
         if options.check_ids:
             require_ids_in_range(tables)
-        ids = tables.ids
-        out = torch.empty((*ids.shape, width), dtype=dtype, device=place)
+        ids, word = tables.ids, tables.word
+        out = word.new_empty((*ids.shape, width), dtype=dtype)
         rows, statistics = ids.numel(), None
         if per_token:
-            statistics = torch.empty(per_token * rows, dtype=torch.float32, device=place)
+            statistics = word.new_empty(per_token * rows, dtype=torch.float32)
         if rows:
             programs, numbers = share(ids)
             go(programs, 1, tables, out, statistics, *numbers)

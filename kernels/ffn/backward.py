@@ -182,20 +182,20 @@ def _epilogue_gradient(
         )  # fmt: skip
 
     def run(dout: Any, weight2: Any, hidden: Any, seed: Any, bias: Any, jobs: list[Job]) -> tuple[Any, Any, Any]:
-        rows, place = dout.shape[0], dout.device
+        rows = dout.shape[0]
         grad = dhidden = activated = dbias = partial = None
         if need_dhidden:
             grad = torch.mm(dout, weight2) if multiplies and not fused else dout
             in_place = multiplies and not fused and not gated
-            dhidden = grad if in_place else torch.empty((rows, width), dtype=dtype, device=place)
+            dhidden = grad if in_place else dout.new_empty((rows, width), dtype=dtype)
         if need_activated:
-            activated = torch.empty((rows, columns), dtype=dtype, device=place)
+            activated = dout.new_empty((rows, columns), dtype=dtype)
         rows_per_program = block_m if fused else max(_LEAST_ROWS, -(-rows // most) * block_m)
         programs = -(-rows // rows_per_program) if columns else 0
         if need_dbias:
             dbias = torch.empty_like(bias) if programs else torch.zeros_like(bias)
             if programs:
-                partial = torch.empty((programs, width), dtype=torch.float32, device=place)
+                partial = dout.new_empty((programs, width), dtype=torch.float32)
                 jobs.append(Job(partial, 0, programs, dbias))
         if programs and fused:
             go(programs * across, 1, dout, weight2, hidden, seed, dhidden, activated, partial, rows)

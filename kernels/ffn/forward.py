@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -143,13 +142,13 @@ def _layer(
             x, residual = as_rows(x), None if residual is None else as_rows(residual)
         if fused:
             rows = x.numel() // inner
-            hidden = torch.empty((rows, width), dtype=of_x, device=x.device) if store_hidden else None
+            hidden = x.new_empty((rows, width)) if store_hidden else None
         else:
             hidden = F.linear(x if in_place else as_rows(x), weight, bias)
             rows = hidden.numel() // width if width else hidden.shape[0]
         out = hidden if in_place else None
         if store_out and not in_place:
-            out = torch.empty((rows, columns), dtype=dtype, device=x.device)
+            out = x.new_empty((rows, columns), dtype=dtype)
         if rows and fused:
             go(-(-rows // block_m) * across, 1, x, weight, bias, residual, seed, out, hidden, rows)
         elif rows and columns and store_out:
