@@ -71,21 +71,27 @@ def of_mask(mask: Tensor, full: Sequence[int]) -> Hashable:
         if shape[i] != 1:
             outer |= strides[i]
     return (
-        plan.of_vector(mask)[2:], rank, strides[-1], tuple([n == 1 for n in shape]),
+        mask.dtype, mask.device, mask.data_ptr() & 15, rank, strides[-1], strides[2] == 0,
+        tuple([n == 1 for n in shape]),
         False not in [n in (1, m) for n, m in zip(shape, full, strict=False)], (outer | full[3]) & 15 == 0,
         outer >> 31, (shape[2] + 128) * strides[2] + (shape[-1] + 128) * strides[-1] >> 31,
     )  # fmt: skip
 
 
-def _signature_of_gradients(dout: Tensor | None, other: Tensor | None) -> Hashable:
-    """Of the output's gradient, and the log-sum-exp's or the weights'."""
-    of_other = None if other is None else (other.is_contiguous(), other.data_ptr() & 15)
-    if dout is None:
-        return None, of_other
-    strides = dout.stride()
+def _signature_of_gradients(grads: Sequence[Tensor | None], saved: Sequence[Any]) -> Hashable:
+    """Of the output, its gradient, and the log-sum-exp's or the weights'."""
+    dout, other = grads
+    return (
+        _of_output(saved[-2]), None if dout is None else _of_output(dout),
+        None if other is None else (other.is_contiguous(), other.data_ptr() & 15),
+    )  # fmt: skip
+
+
+def _of_output(t: Tensor) -> Hashable:
+    strides = t.stride()
     four = len(strides) == 4
     outer = strides[0] | strides[1] if four else strides[1]
-    return strides[2 if four else 0], strides[-1], UNITS[outer & 15], outer >> 31, dout.data_ptr() & 15, of_other
+    return strides[2 if four else 0], strides[-1], UNITS[outer & 15], outer >> 31, t.data_ptr() & 15
 
 
 # Checks

@@ -63,6 +63,14 @@ if _GETTER is not None:  # what the attribute reads, at a sixth of its price
     _fp32_precision = functools.partial(_GETTER, "cuda", "matmul")  # type: ignore[assignment]
 
 
+_HOOKS: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def saves_through_hooks() -> bool:
+    """True if tensors that are saved for a backward pass go through hooks, which may return others; or unknown."""
+    return _HOOKS is None or _HOOKS(True) is not None
+
+
 def quick_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` without its look at the arguments for torch.func, under whose transforms it must not run."""
     apply = getattr(super(torch.autograd.Function, function), "apply", None)

@@ -74,7 +74,7 @@ class Operation:
     cast_to: torch.dtype | None = None
     """to this dtype, or to autocast's own."""
     grad_signature: Callable[..., Hashable] = plan.of_gradients
-    """As `signature`, of the gradients of the outputs."""
+    """``(grads, saved)``: what the choices of `backward` depend on beyond the plan of the forward pass."""
     backward_is_differentiable: bool = False
     """The functions that `backward` makes can be differentiated in turn."""
 
@@ -95,23 +95,27 @@ class Operation:
         found: Plan | None = None
         key: Hashable = None
         needs: tuple[bool, ...] = ()
-        autocast = None
+        autocast, switches = None, plan.switches
         try:
             if torch.is_grad_enabled():
                 needs = tuple([t is not None and t.requires_grad for t in tensors[: self.differentiable]])
             if torch._C._is_any_autocast_enabled():
                 autocast = _autocast_dtype(tensors[0])
-            key = (self.signature(*tensors, *sizes), options, needs, autocast, plan.switches)
+            key = (self.signature(*tensors, *sizes), options, needs, autocast, switches)
             found = self.plans.found.get(key)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
             key = None  # no tensors, or such that have no memory (torch.func, fake tensors)
         if found is None:
             found = self._plan(tensors, options, sizes, needs, autocast)
-            if key is not None:
+            # A tensor among the options may change, and another thread may have set another backend meanwhile.
+            if key is not None and switches is plan.switches and not any(isinstance(o, Tensor) for o in options):
                 self.plans.add(key, found)
-        found.recent, backend.last = True, found.backend
+        found.recent = True
         if found.prepare:
             tensors = _apply(found.prepare, tensors)
+            make = functools.partial(found.make, tensors, sizes)
+            found = make() if key is None else found.converted.get(self.signature(*tensors, *sizes), make)
+        backend.last = found.backend
         if found.seeds:
             return found.call(*tensors, *_draw(found.seeds, tensors[0]), *sizes)
         return found.call(*tensors, *self.no_keys, *sizes)
@@ -121,13 +125,21 @@ class Operation:
         autocast: torch.dtype | None,
     ) -> Plan:  # fmt: skip
         prepare, examples, numbers = self._checked(tensors, options, sizes, autocast)
+        make = functools.partial(self._made, numbers, needs, autocast)
+        return Plan(None, prepare=prepare, make=make, converted=Plans()) if prepare else make(examples, sizes)
+
+    def _made(
+        self, numbers: Any, needs: tuple[bool, ...], autocast: torch.dtype | None, examples: tuple[Any, ...],
+        sizes: tuple[int, ...],
+    ) -> Plan:  # fmt: skip
+        """The plan of checked and converted tensors."""
         x = examples[0]
         other = self._other(examples, numbers, autocast)
         if other is not None:
-            return Plan(backend.last, prepare, call=other)
+            return Plan(backend.last, call=other)
         seeds = tuple(getattr(numbers, name) > 0.0 for name in self.dropouts)
         kernels = backend.use_triton(x)
-        made = Plan(backend.last, prepare, seeds if any(seeds) else ())
+        made = Plan(backend.last, seeds if any(seeds) else ())
         if kernels:
             if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in examples):
                 raise RuntimeError(
@@ -175,7 +187,7 @@ class Operation:
         tensors = self.tensors(*arguments[: self._fields])
         if not autocast:
             return self.eager(tensors, numbers, *arguments[self._fields :])
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with _without_autocast(tensors[0]):
             return self.eager(tensors, numbers, *arguments[self._fields :])
 
     # Under torch.compile
@@ -191,7 +203,7 @@ class Operation:
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors[: self.differentiable]]
         if autocast is None:
             return self.operator(*tensors, *keys, *numbers, *sizes, needs)[: self.outputs]
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with _without_autocast(tensors[0]):
             return self.operator(*tensors, *keys, *numbers, *sizes, needs)[: self.outputs]
 
     def _register(self) -> None:
@@ -226,9 +238,9 @@ class Operation:
     def _operator(self, *arguments: Any) -> tuple[Tensor, ...]:
         tensors, numbers, sizes, needs = self._split(arguments)
         if backend.use_triton(tensors[0]):
-            key = (plan.of_parameters(tensors), numbers, sizes, needs, plan.switches)
-            launch = self._raw_plans.get(key, lambda: self.forward(tensors, numbers, sizes, needs)).call
-            results = launch(*tensors, *sizes)
+            key = (plan.of_parameters(tensors), numbers, sizes, needs, compat.tf32_allowed(), plan.switches)
+            made = self._raw_plans.get(key, lambda: Plan(None, call=self.forward(tensors, numbers, sizes, needs)))
+            results = made.call(*tensors, *sizes)
         else:
             results = self.eager(tensors, numbers, *sizes)
             results = (*results, *[None] * (self.results - len(results)))
@@ -274,13 +286,18 @@ class Operation:
     def _backward_operator(self, grads: list[Any], saved: list[Any], *rest: Any) -> list[Tensor]:
         *given, needs, like = rest
         numbers, sizes = self._split_backward(given)
-        first = next(g for g in (*grads, *saved) if g is not None)
+        first, wanted = next(g for g in (*grads, *saved) if g is not None), tuple(needs)
         if backend.use_triton(first):
-            key = (plan.of_parameters((*grads, *saved)), numbers, sizes, tuple(needs), plan.switches)
-            made = self._raw_backwards.get(key, lambda: self.backward(grads, saved, numbers, sizes, tuple(needs)))
-            results = made.call(grads, saved, *sizes)
+            tensors = plan.of_parameters((*grads, *saved))
+            key = (tensors, numbers, sizes, wanted, compat.tf32_allowed(), plan.switches)
+            made = self._raw_backwards.get(
+                key, lambda: Plan(None, call=self.backward(grads, saved, numbers, sizes, wanted))
+            )
+            call: Any = functools.partial(made.call, grads, saved, *sizes)
         else:
-            results = self._eager_gradients(grads, saved, numbers, sizes, needs)
+            call = functools.partial(self._eager_gradients, grads, saved, numbers, sizes, needs)
+        with _without_autocast(first):
+            results = call()
         found = [t if need else None for t, need in zip(results, needs, strict=True)]
         return list(_tensors_only(first, found, [dtype for dtype, _ in _forms(like)]))
 
@@ -379,7 +396,7 @@ class _Kernels(torch.autograd.Function):
         operation, results = made.operation, made.launch(*arguments)
         fields = operation._fields
         ctx.save_for_backward(*operation.keep(arguments[:fields], results, made.numbers))
-        ctx.made, ctx.sizes = made, arguments[fields:]
+        ctx.made, ctx.sizes, ctx.hooked = made, arguments[fields:], compat.saves_through_hooks()
         ctx.set_materialize_grads(False)
         return results[: operation.outputs]
 
@@ -402,9 +419,22 @@ def _run_backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | 
     made, saved, sizes = ctx.made, ctx.saved_tensors, ctx.sizes
     operation = made.operation
     needs = ctx.needs_input_grad[1 : operation.differentiable + 1]
-    key = (needs, operation.grad_signature(*grads), plan.switches)
-    launch = made.backwards.get(key, lambda: operation.backward(grads, saved, made.numbers, sizes, needs)).call
-    return (None, *launch(grads, saved, *sizes), *operation.no_gradients)
+    restored = plan.of_parameters(saved) if ctx.hooked else None
+    key = (needs, operation.grad_signature(grads, saved), restored, compat.tf32_allowed(), plan.switches)
+    found = made.backwards.get(
+        key, lambda: Plan(None, call=operation.backward(grads, saved, made.numbers, sizes, needs))
+    )
+    if torch._C._is_any_autocast_enabled():
+        with _without_autocast(next(g for g in grads if g is not None)):
+            results = found.call(grads, saved, *sizes)
+    else:
+        results = found.call(grads, saved, *sizes)
+    return (None, *results, *operation.no_gradients)
+
+
+def _without_autocast(like: Tensor) -> Any:
+    """Inside, products are of the dtype of their operands: the forward pass has chosen it."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -37,8 +37,6 @@ class Plan:
 
     backend: str | None
     """What runs, as `last_backend` says."""
-    prepare: tuple[tuple[int, Callable[[Tensor], Tensor]], ...] = ()
-    """Conversions of arguments, by position."""
     seeds: tuple[bool, ...] = ()
     """For each dropout of the operation whether it takes a key; empty: none does."""
     call: Callable[..., Any] = tuple
@@ -47,6 +45,12 @@ class Plan:
     numbers: Any = None
     launch: Callable[..., Any] = tuple
     backwards: Plans | None = None
+    prepare: tuple[tuple[int, Callable[[Tensor], Tensor]], ...] = ()
+    """Conversions of arguments, by position. Where there are any, this is no more than the first half of a plan:"""
+    make: Callable[..., Plan] = tuple  # type: ignore[assignment]
+    """``(tensors, sizes)``: the plan of converted tensors,"""
+    converted: Any = None
+    """and those that were made, since the strides of a converted tensor do not follow from those of its source."""
     recent: bool = True
 
 
@@ -88,13 +92,13 @@ class Plans:
             self.found[key] = plan
         return plan
 
-    def get(self, key: Hashable, make: Callable[[], Callable[..., Any]]) -> Any:
-        """The plan of a key; if there is none, one of the function that `make` returns."""
+    def get(self, key: Hashable, make: Callable[[], Plan]) -> Plan:
+        """The plan of a key; if there is none, the one that `make` makes."""
         plan = self.found.get(key)
         if plan is None:
-            plan = self.add(key, Plan(None, call=make()))
+            plan = self.add(key, make())
         plan.recent = True
-        return plan
+        return plan  # type: ignore[no-any-return]
 
     def clear(self) -> None:
         """Forget all plans."""
@@ -170,11 +174,13 @@ def of_parameters(tensors: Sequence[Tensor | None]) -> Hashable:
 
 
 def of_vector(t: Tensor | None) -> Any:
-    """Signature of a vector whose length does not matter, or of none."""
-    return None if t is None else (t.dim(), t.stride(), t.dtype, t.device, t.data_ptr() & 15)
+    """Signature of a vector whose length does not matter if it has one, or of none."""
+    if t is None:
+        return None
+    return t.dim(), t.stride(), t.is_contiguous(), t.numel() > 0, t.dtype, t.device, t.data_ptr() & 15
 
 
-def of_gradients(*grads: Tensor | None) -> Hashable:
+def of_gradients(grads: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> Hashable:
     """Signature of gradients ``[..., width]``."""
     return tuple([None if g is None else of_rows(g) for g in grads])
 

@@ -104,5 +104,5 @@ ROTARY = Operation(
     "rotary", Tensors, Options, differentiable=2, outputs=2, results=2, signature=_signature, check=_check,
     eager=eager.rotary, forward=_forward, keep=lambda tensors, results, options: tensors[2:], backward=_backward,
     fake=lambda tensors, options, sizes, needs: tuple([t if t is None else t.new_empty(t.shape) for t in tensors[:2]]),
-    grad_signature=lambda *grads: None, backward_is_differentiable=True,
+    grad_signature=lambda grads, saved: None, backward_is_differentiable=True,
 )  # fmt: skip
