@@ -215,7 +215,6 @@ def attention_dq_kernel(
         store_rows(result(dq_ptr, at, h, at.first_q, strides_dq, S), rows, stored, dq, S.HEAD_DIM, S)
 
 
-_NO_JOBS = column_sums.changing([])
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Of query, key, value, attn_mask and relative_bias."""
 
@@ -283,7 +282,7 @@ def attention_backward(
             if go_dkdv is None:  # made with the first jobs
                 fixed = column_sums.fixed(jobs or [])
                 go_dkdv = call.launch(attention_dkdv_kernel, on_dkdv, *fixed, JOBS=len(fixed[0]))
-            partials, sums, partial_rows = column_sums.changing(jobs) if jobs else _NO_JOBS
+            partials, sums, partial_rows = column_sums.changing(jobs) if jobs else ((), (), ())
             go_dkdv(
                 -(-max_len_k // on_dkdv.block_n) * many * (nhead // group), 1, tensors, dout, statistics, delta, dk, dv,
                 partials, sums, strides_dk, strides_dv, partial_rows, *changing,

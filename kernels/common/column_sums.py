@@ -65,8 +65,8 @@ class Job(NamedTuple):
 
 
 def changing(jobs: list[Job]) -> tuple[Any, ...]:
-    """The arguments of `add_up_columns` that change from call to call."""
-    partials, _, rows, outs = zip(*jobs, strict=True) if jobs else ((), (), (), ())
+    """The arguments of `add_up_columns` that change from call to call; of at least one job."""
+    partials, _, rows, outs = zip(*jobs, strict=True)
     return partials, outs, rows
 
 

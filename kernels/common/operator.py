@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -287,17 +288,16 @@ class Operation:
         *given, needs, like = rest
         numbers, sizes = self._split_backward(given)
         first, wanted = next(g for g in (*grads, *saved) if g is not None), tuple(needs)
-        if backend.use_triton(first):
-            tensors = plan.of_parameters((*grads, *saved))
-            key = (tensors, numbers, sizes, wanted, compat.tf32_allowed(), plan.switches)
-            made = self._raw_backwards.get(
-                key, lambda: Plan(None, call=self.backward(grads, saved, numbers, sizes, wanted))
-            )
-            call: Any = functools.partial(made.call, grads, saved, *sizes)
-        else:
-            call = functools.partial(self._eager_gradients, grads, saved, numbers, sizes, needs)
         with _without_autocast(first):
-            results = call()
+            if backend.use_triton(first):
+                tensors = plan.of_parameters((*grads, *saved))
+                key = (tensors, numbers, sizes, wanted, compat.tf32_allowed(), plan.switches)
+                made = self._raw_backwards.get(
+                    key, lambda: Plan(None, call=self.backward(grads, saved, numbers, sizes, wanted))
+                )
+                results = made.call(grads, saved, *sizes)
+            else:
+                results = self._eager_gradients(grads, saved, numbers, sizes, needs)
         found = [t if need else None for t, need in zip(results, needs, strict=True)]
         return list(_tensors_only(first, found, [dtype for dtype, _ in _forms(like)]))
 
@@ -424,16 +424,14 @@ def _run_backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | 
     found = made.backwards.get(
         key, lambda: Plan(None, call=operation.backward(grads, saved, made.numbers, sizes, needs))
     )
-    if torch._C._is_any_autocast_enabled():
-        with _without_autocast(next(g for g in grads if g is not None)):
-            results = found.call(grads, saved, *sizes)
-    else:
-        results = found.call(grads, saved, *sizes)
-    return (None, *results, *operation.no_gradients)
+    with _without_autocast(next(g for g in grads if g is not None)):
+        return (None, *found.call(grads, saved, *sizes), *operation.no_gradients)
 
 
 def _without_autocast(like: Tensor) -> Any:
     """Inside, products are of the dtype of their operands: the forward pass has chosen it."""
+    if not backend.autocast_enabled(like):
+        return contextlib.nullcontext()
     return torch.autocast(like.device.type, enabled=False)
 
 

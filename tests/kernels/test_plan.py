@@ -12,7 +12,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import assert_same, output_and_gradients
+from contract import assert_same, layer_shapes, results
 from fusenc.kernels import (
     LayerWeights,
     add_norm,
@@ -43,12 +43,8 @@ def rows(*shape):
 
 
 def layer_weights():
-    e, shapes = (
-        WIDTH,
-        {"in_proj_weight": (3 * WIDTH, WIDTH), "in_proj_bias": (3 * WIDTH,), "out_proj_weight": (WIDTH, WIDTH)},
-    )
-    shapes |= {"weight1": (HIDDEN, e), "bias1": (HIDDEN,), "weight2": (e, HIDDEN)}
-    return LayerWeights(*(torch.randn(shapes.get(n, (e,)), requires_grad=True) for n in LayerWeights._fields))
+    shapes = layer_shapes(WIDTH, HIDDEN)
+    return LayerWeights(**{name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()})
 
 
 def test_the_least_recently_used_plan_goes():
@@ -333,24 +329,19 @@ def test_arguments_need_not_be_contiguous(name, device):
     """Kernels read vectors along by one; gradients tell as well as outputs."""
     call, shapes = STRIDED[name]
     inputs = [strided(*shape).to(device) for shape in shapes]
-    results = []
-    for backend, place in (("auto", lambda t: t), ("eager", Tensor.contiguous)):
-        leaves = [place(t).detach().requires_grad_() for t in inputs]
-        with use_backend(backend):
-            results.append(output_and_gradients(call(*leaves), leaves))
-    assert_same(*results, SAME_ALGORITHM)
+    got = results(call, *inputs)
+    with use_backend("eager"):
+        assert_same(got, results(call, *map(Tensor.contiguous, inputs)), SAME_ALGORITHM)
 
 
 @pytest.mark.kernel
 @pytest.mark.interpreter
 def test_an_operators_arguments_need_not_be_contiguous(device):
     """The registered operator, which keeps the copies for its backward pass."""
-    x, weight, bias = (t.to(device) for t in (torch.randn(5, WIDTH), strided(WIDTH), strided(WIDTH)))
-    options = ADD_NORM.options(0.0, 1e-5, False, False, False, False, True, False, x.dtype)
-    results = []
-    for place in (lambda t: t, Tensor.contiguous):
-        leaves = [place(t).detach().requires_grad_() for t in (x, weight, bias)]
-        needs = [True, False, True, True, False]
-        out = ADD_NORM.operator(leaves[0], None, *leaves[1:], None, None, *options, needs)[0]
-        results.append(output_and_gradients(out, leaves))
-    assert_same(*results, 0.0)
+    tensors = [t.to(device) for t in (torch.randn(5, WIDTH), strided(WIDTH), strided(WIDTH))]
+    options = ADD_NORM.options(0.0, 1e-5, False, False, False, False, True, False, torch.float32)
+
+    def call(x, weight, bias):
+        return ADD_NORM.operator(x, None, weight, bias, None, None, *options, [True, False, True, True, False])[0]
+
+    assert_same(results(call, *tensors), results(call, *map(Tensor.contiguous, tensors)), 0.0)

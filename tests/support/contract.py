@@ -62,6 +62,23 @@ def output_and_gradients(out: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
 
 
+def results(function: Function, *tensors: Tensor) -> list[Tensor]:
+    """`output_and_gradients` of a function of tensors."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    return output_and_gradients(function(*leaves), leaves)
+
+
+def layer_shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of `fusenc.kernels.LayerWeights`."""
+    vectors = dict.fromkeys(
+        ("out_proj_bias", "norm1_weight", "norm1_bias", "bias2", "norm2_weight", "norm2_bias"), (width,)
+    )
+    return {
+        "in_proj_weight": (3 * width, width), "in_proj_bias": (3 * width,), "out_proj_weight": (width, width),
+        "weight1": (hidden, width), "bias1": (hidden,), "weight2": (width, hidden), **vectors,
+    }  # fmt: skip
+
+
 def assert_same(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
     """Hold results of `output_and_gradients` to each other, relative to the largest output and the largest gradient.
 
