@@ -45,6 +45,53 @@ def why_not_plain(modules: Iterable[tuple[str, nn.Module, type[nn.Module]]], exc
     return ""
 
 
+class Watched:
+    """The parts of a module as they are now: `unchanged` tells in a few microseconds whether a part, its type, its
+    hooks or its forward have changed since.
+
+    Parts are known by identity and type, hooks by their numbers, which are never given twice.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())[1:]  # not itself: it may be what this is kept for
+        self._dicts = [part.__dict__ for part in modules]
+        self._modules, self._kinds = modules, list(map(type, modules))
+        self._children = [part["_modules"] for part in (module.__dict__, *self._dicts)]
+        self._parts = [tuple(children.values()) for children in self._children]
+        self._config, self._way = _attention_of(module)
+        self._hooks = [part[name] for part in self._dicts for name in _HOOKS]
+        self._seen = [tuple(hooks) for hooks in self._hooks]
+        self._parameters = [part["_parameters"] for part in self._dicts if part["_parameters"]]
+        self._dtypes = self._dtypes_now()
+
+    def _dtypes_now(self) -> list[torch.dtype]:
+        return [t.dtype for parameters in self._parameters for t in parameters.values() if t is not None]
+
+    def unchanged(self) -> bool:
+        """True if all is as it was."""
+        if self._dtypes_now() != self._dtypes:
+            return False
+        if any(_GLOBAL_HOOKS) or list(map(tuple, self._hooks)) != self._seen:
+            return False
+        if list(map(type, self._modules)) != self._kinds or any("forward" in each for each in self._dicts):
+            return False
+        if getattr(self._config, "_attn_implementation", None) != self._way:
+            return False
+        return [tuple(children.values()) for children in self._children] == self._parts
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _attention_of(module: nn.Module) -> tuple[Any, Any]:
+    """The configuration that says how attention is computed, and what it says."""
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            return config, config._attn_implementation
+    return None, None
+
+
 def activation_name(activation: Callable[..., Any]) -> str | None:
     """The kernels' name of an activation function or module, None for one they do not have."""
     if activation in (F.relu, torch.relu) or type(activation) is nn.ReLU:

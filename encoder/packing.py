@@ -10,7 +10,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class PaddedPacking:
         self.max_length: int = max(counts, default=0)
 
     @classmethod
-    def behind(cls, cu_seqlens: Tensor, max_length: int, total: int) -> PaddedPacking:
+    def behind(cls, cu_seqlens: Tensor, max_length: int, total: int) -> Self:
         """Of packed sequences with the padding behind each. A GPU is not waited for."""
         self = cls.__new__(cls)
         batch, device = cu_seqlens.shape[0] - 1, cu_seqlens.device
@@ -98,6 +98,35 @@ class PaddedPacking:
         )
         assert isinstance(out, Tensor)
         return out
+
+
+class FlattenedPacking(PaddedPacking):
+    """Sequences that lie one after the other in a batch of one row already."""
+
+    def __init__(self, cu_seqlens: Tensor, max_length: int, total: int) -> None:
+        self.order, self.shape, self.batch_first = None, (1, total), True
+        self.cu_seqlens, self.max_length = cu_seqlens, max_length
+        self.indices = torch.arange(total, device=cu_seqlens.device)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """``[1, T, ...]`` to ``[T, ...]``"""
+        return padded.squeeze(0)
+
+    def unpack(self, packed: Tensor, padding_value: float = 0.0) -> Tensor:
+        """And back."""
+        return packed.unsqueeze(0)
+
+
+class UnflattenedPacking(PaddedPacking):
+    """Of a batch of one row whose sequences were each given a row: back to the one row."""
+
+    def padded(self, packed: Tensor) -> Tensor:
+        """``[T, ...]`` to ``[B, L, ...]`` with 0 at the padding."""
+        return super().unpack(packed)
+
+    def unpack(self, packed: Tensor, padding_value: float = 0.0) -> Tensor:
+        """``[T, ...]`` to ``[1, T, ...]``"""
+        return packed.unsqueeze(0)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

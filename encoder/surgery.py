@@ -112,6 +112,8 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
         raise ValueError("\n".join(["model: expected that all layers can run fused, got", *_grouped(report.left)]))
     for module, fused in changes:
         module.__class__ = fused
+        if huggingface:
+            huggingface.lay_together(module)
     return report
 
 

@@ -18,7 +18,7 @@ from .attention import (
 )
 from .common.backend import get_backend, last_backend, set_backend, use_backend
 from .embed_norm import embed_norm, sinusoidal_positions
-from .encoder_layer import LayerWeights, encoder_layer
+from .encoder_layer import LayerWeights, decoder_layer, encoder_layer
 from .ffn import ffn, linear_act
 from .rotary import rotary, rotary_tables
 
@@ -32,6 +32,7 @@ __all__ = [
     "attention_varlen",
     "attention_weights",
     "attention_with_weights",
+    "decoder_layer",
     "embed_norm",
     "encoder_layer",
     "ffn",

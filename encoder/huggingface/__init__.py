@@ -14,9 +14,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import albert, bart, bert, clip, distilbert, modernbert, mpnet, t5, vit
 from .interface import attention_forward
+from .layers import lay_together
 from .stock import Stock, why_changed
 
-__all__ = ["attention_forward", "why_changed"]
+__all__ = ["attention_forward", "lay_together", "why_changed"]
 
 REPLACEMENTS: dict[type, type] = {}
 """Each class that `fuse` knows here, and the class that takes its place."""

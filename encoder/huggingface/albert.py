@@ -6,19 +6,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from ..modules import why_not_plain
-from .bert import EMBEDDINGS
-from .common import PaddingFreeStates
-from .post_norm import Names, PostNormEmbeddings, PostNormLayer
+from .bert import EMBEDDINGS, BertKind
+from .embeddings import PostNormEmbeddings
+from .encoders import PaddingFreeStates
+from .layers import FusedLayer, activation, at, rate
 from .stock import Stock
 
 FAMILIES = {"albert": "Albert"}
 
-_NAMES = Names(
-    attention="attention", projections=("query", "key", "value"),
-    attention_dropout="attention.attention_dropout", out="attention.dense", dropout1="attention.output_dropout",
-    norm1="attention.LayerNorm", up="ffn", activation="activation", down="ffn_output", dropout2=None,
-    norm2="full_layer_layer_norm",
-)  # fmt: skip
 _LAYER = {
     "Layer": "hidden_states attention_mask **kwargs: attention full_layer_layer_norm",
     "Layer.ff_chunk": "attention_output: activation ffn ffn_output",
@@ -30,6 +25,26 @@ _ENCODER = {
     "Transformer": "hidden_states attention_mask **kwargs: "
                    "albert_layer_groups embedding_hidden_mapping_in num_hidden_groups num_hidden_layers",
 }  # fmt: skip
+
+
+class _Adapter(BertKind):
+    """Of ALBERT's layers."""
+
+    weights: ClassVar = {
+        "in_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value",
+        "out_proj": "attention.dense", "norm1": "attention.LayerNorm", "weight1": "ffn", "weight2": "ffn_output",
+        "norm2": "full_layer_layer_norm",
+    }  # fmt: skip
+    attention = "attention"
+    dropouts = ("attention.attention_dropout", "attention.output_dropout")
+
+    def options_of(self, layer: Any) -> dict[str, Any]:
+        attention = at(layer, "attention")
+        return {
+            "scale": attention.scaling, "activation": activation(layer.activation),
+            "eps1": at(attention, "LayerNorm").eps, "eps2": at(layer, "full_layer_layer_norm").eps,
+            "attn_dropout_p": rate(attention, "attention_dropout"), "dropout1_p": rate(attention, "output_dropout"),
+        }  # fmt: skip
 
 
 class _FusedTransformer(PaddingFreeStates):
@@ -47,8 +62,8 @@ class _FusedTransformer(PaddingFreeStates):
         """The layers of all groups, once each."""
         return [layer for group in encoder.albert_layer_groups for layer in group.albert_layers]
 
-    def _all_fused(self) -> bool:
-        return super()._all_fused() and not self._why_not_groups(self)
+    def _ask_all(self) -> bool:
+        return super()._ask_all() and not self._why_not_groups(self)
 
     @classmethod
     def _why_not_groups(cls, encoder: Any) -> str:
@@ -59,7 +74,7 @@ class _FusedTransformer(PaddingFreeStates):
 
 def fused_classes(stock: Stock) -> Iterator[type]:
     """The classes that take the place of ALBERT's."""
-    layer = stock.fused(PostNormLayer, "Layer", _LAYER, names=_NAMES, parts={"attention": stock["Attention"]})
+    layer = stock.fused(FusedLayer, "Layer", _LAYER, adapter=_Adapter({"attention": stock["Attention"]}))
     yield layer
     group = stock["LayerGroup"]
     yield stock.fused(_FusedTransformer, "Transformer", _ENCODER, fused_layer=layer, layer_group=group)

@@ -10,20 +10,10 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..modules import why_not_plain
-from ..packing import PaddedPacking
-from .common import (
-    PaddingFree,
-    asks_for_more,
-    attention,
-    by_name,
-    causal_without_mask,
-    feed_forward,
-    serves,
-    why_not_activation,
-    why_not_attention,
-    why_not_linear,
-)
-from .stock import CAPTURE, Stock
+from .calls import Call
+from .encoders import PaddingFree
+from .layers import Adapter, FusedLayer, activation, at, causal_without_mask, parameters, why_not_linear
+from .stock import Stock
 
 FAMILIES = {"bart": "Bart", "marian": "Marian"}
 """Model types of transformers and the prefix of their classes. Their layers are the same but for the name."""
@@ -48,118 +38,95 @@ _ENCODERS = {
 }
 
 
-class _FusedLayer(nn.Module):
-    """What the layers of encoder and decoder share."""
-
-    stock_attention: ClassVar[type]
-    attentions: ClassVar[tuple[str, ...]]
-    served: ClassVar[frozenset[str]]
-    """Arguments of the stock forward that the fused one serves."""
-
-    @classmethod
-    def why_not_fused(cls, layer: Any) -> str:
-        """Why a layer cannot run fused, or ""."""
-        parts = layer._modules
-        reason = why_not_plain(((name, parts[name], cls.stock_attention) for name in cls.attentions), except_of=CAPTURE)
-        for name in cls.attentions:
-            reason = reason or why_not_attention(
-                parts[name], ("q_proj", "k_proj", "v_proj", "out_proj"), name, parts[name].head_dim
-            )
-        norms = (*(f"{name}_layer_norm" for name in cls.attentions), "final_layer_norm")
-        return (
-            reason
-            or why_not_linear((name, parts[name]) for name in ("fc1", "fc2"))
-            or why_not_activation(layer.activation_fn)
-            or why_not_plain((name, parts[name], nn.LayerNorm) for name in norms)
-        )
-
-    def _attend(
-        self, x: Tensor, name: str, attention_mask: Tensor | None, given: dict[str, Any], **options: Any
-    ) -> Tensor:
-        """One attention with what follows it: dropout, the residual sum and the norm."""
-        module: Any = self._modules[name]
-        attended = attention(
-            x, (module.q_proj, module.k_proj, module.v_proj), module.head_dim,
-            attn_mask=attention_mask, is_causal=causal_without_mask(module, attention_mask, given),
-            dropout_p=module.dropout if module.training else 0.0, scale=module.scaling, **options,
-        )  # fmt: skip
-        return self._add_norm(module.out_proj(attended), x, self._modules[f"{name}_layer_norm"])
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        parts: Any = self._modules
-        dropout_p: Any = self.activation_dropout if self.training else 0.0
-        out = feed_forward(x, parts["fc1"], self.activation_fn, parts["fc2"], dropout_p=dropout_p)
-        return self._add_norm(out, x, parts["final_layer_norm"])
-
-    def _add_norm(self, x: Tensor, residual: Tensor, norm: Any) -> Tensor:
-        return kernels.add_norm(
-            x, residual, norm.weight, norm.bias, eps=norm.eps, dropout_p=self.dropout, training=self.training
-        )  # type: ignore[call-overload]
+def _weights(attention: str) -> dict[str, str]:
+    """An attention's, with the norm that follows it."""
+    return {
+        "in_proj": f"{attention}.q_proj", "k_proj": f"{attention}.k_proj", "v_proj": f"{attention}.v_proj",
+        "out_proj": f"{attention}.out_proj", "norm1": f"{attention}_layer_norm",
+    }  # fmt: skip
 
 
-class _FusedEncoderLayer(_FusedLayer):
-    """An encoder layer on the fused kernels; mixed into a subclass of the family's own."""
+class _Adapter(Adapter):
+    """Of encoder layers."""
 
-    attentions = ("self_attn",)
+    weights: ClassVar = {**_weights("self_attn"), "weight1": "fc1", "weight2": "fc2", "norm2": "final_layer_norm"}
+    attention = "self_attn"
     served = frozenset({"hidden_states", "attention_mask", "is_causal"})
 
-    def forward(self, *args: Any, packing: PaddedPacking | None = None, **kwargs: Any) -> Tensor:
-        """As the family's own layer; with `packing` the result is packed, ``[T, width]``, and there is no mask."""
-        given = by_name(self, args, kwargs)
-        x: Any = given.get("hidden_states")
-        attention_mask = given.get("attention_mask")
-        if packing is None:
-            weight: Any = self._modules["final_layer_norm"].weight  # type: ignore[union-attr]
-            if asks_for_more(given, self.served) or not serves(x, attention_mask, weight) or self.why_not_fused(self):
-                return super().forward(**given)
-        elif x.dim() == 3:
-            x = packing.pack(x)
-        x = self._feed_forward(self._attend(x, "self_attn", attention_mask, given, packing=packing))
-        if x.dtype == torch.float16 and not x.isfinite().all():
-            limit = torch.finfo(x.dtype).max - 1000
-            x = x.clamp(-limit, limit)
-        return x
+    def options_of(self, layer: Any) -> dict[str, Any]:
+        attention, training = at(layer, "self_attn"), layer.training
+        return {
+            "scale": attention.scaling, "activation": activation(layer.activation_fn),
+            "eps1": at(layer, "self_attn_layer_norm").eps, "eps2": at(layer, "final_layer_norm").eps,
+            "attn_dropout_p": attention.dropout if attention.training else 0.0,
+            "dropout1_p": layer.dropout if training else 0.0,
+            "dropout_p": layer.activation_dropout if training else 0.0,
+            "dropout2_p": layer.dropout if training else 0.0,
+        }  # fmt: skip
+
+    def results(self, out: Tensor, given: dict[str, Any]) -> Any:
+        if out.dtype == torch.float16 and not out.isfinite().all():
+            limit = torch.finfo(out.dtype).max - 1000
+            out = out.clamp(-limit, limit)
+        return out
 
 
-class _FusedDecoderLayer(_FusedLayer):
-    """A decoder layer on the fused kernels; mixed into a subclass of the family's own. With a cache the stock layer
-    runs."""
+class _DecoderAdapter(_Adapter):
+    """Of decoder layers. With a cache the stock layer runs."""
 
-    attentions = ("self_attn", "encoder_attn")
+    across: ClassVar = _weights("encoder_attn")
     served = frozenset(
         {"hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "is_causal"}
     )
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the family's own layer."""
-        given = by_name(self, args, kwargs)
-        x: Any = given.get("hidden_states")
-        attention_mask, encoder_mask = given.get("attention_mask"), given.get("encoder_attention_mask")
-        weight: Any = self._modules["final_layer_norm"].weight  # type: ignore[union-attr]
-        if (
-            asks_for_more(given, self.served)
-            or not serves(x, attention_mask, weight)
-            or not serves(x, encoder_mask, weight)
-            or self.why_not_fused(self)
-        ):
-            return super().forward(**given)
-        x = self._attend(x, "self_attn", attention_mask, given)
+    def why_not_more(self, layer: Any) -> str:
+        linears = ((path, at(layer, path)) for name, path in self.across.items() if name != "norm1")
+        return why_not_linear(linears) or why_not_plain(
+            [("encoder_attn_layer_norm", at(layer, "encoder_attn_layer_norm"), nn.LayerNorm)]
+        )
+
+    def serves(self, layer: Any, given: dict[str, Any]) -> bool:
+        mask = given.get("encoder_attention_mask")
+        return mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
+
+    def options_of_call(self, layer: Any, x: Tensor, given: dict[str, Any], call: Call | None) -> dict[str, Any]:
+        options = super().options_of_call(layer, x, given, call)
         source = given.get("encoder_hidden_states")
-        if source is not None:
-            x = self._attend(x, "encoder_attn", encoder_mask, given, source=source)
-        return self._feed_forward(x)
+        if source is None:
+            return options
+        attention = at(layer, "encoder_attn")
+        mask = given.get("encoder_attention_mask")
+        weights, modules = parameters(layer, self.across)
+        return options | {
+            "memory": source, "across": weights, "across_modules": modules, "memory_mask": mask,
+            "memory_is_causal": causal_without_mask(attention, mask, given), "memory_scale": attention.scaling,
+            "memory_dropout_p": attention.dropout if attention.training else 0.0,
+            "across_eps": at(layer, "encoder_attn_layer_norm").eps,
+            "across_dropout_p": layer.dropout if layer.training else 0.0,
+        }  # fmt: skip
+
+    def run(self, layer: Any, x: Tensor, options: dict[str, Any]) -> Tensor:
+        if "memory" not in options:
+            return super().run(layer, x, options)
+        weights, modules = parameters(layer, self.weights)
+        return kernels.decoder_layer(x, weights, at(layer, "self_attn").num_heads, modules=modules, **options)
+
+    def results(self, out: Tensor, given: dict[str, Any]) -> Any:
+        return out
 
 
 class _FusedEncoder(PaddingFree):
     """An encoder; mixed into a subclass of the family's own."""
 
     layer_list = "layers"
+    own_positions = True
 
 
 def fused_classes(stock: Stock) -> Iterator[type]:
     """The classes that take the place of a family's own."""
     attention = stock["Attention"]
-    layer = stock.fused(_FusedEncoderLayer, "EncoderLayer", _ENCODER_LAYER, stock_attention=attention)
+    layer = stock.fused(FusedLayer, "EncoderLayer", _ENCODER_LAYER, adapter=_Adapter({"self_attn": attention}))
     yield layer
-    yield stock.fused(_FusedDecoderLayer, "DecoderLayer", _DECODER_LAYER, stock_attention=attention)
+    both = {"self_attn": attention, "encoder_attn": attention}
+    yield stock.fused(FusedLayer, "DecoderLayer", _DECODER_LAYER, adapter=_DecoderAdapter(both))
     yield stock.fused(_FusedEncoder, "Encoder", _ENCODERS[stock.prefix], fused_layer=layer)

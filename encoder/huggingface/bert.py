@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, ClassVar
 
-from .common import PaddingFreeStates
-from .post_norm import Names, PostNormEmbeddings, PostNormLayer
+from .embeddings import PostNormEmbeddings
+from .encoders import PaddingFreeStates
+from .layers import Adapter, FusedLayer, activation, at, rate
 from .stock import Stock
 
 FAMILIES = {
@@ -17,12 +19,6 @@ FAMILIES = {
 }
 """Model types of transformers and the prefix of their classes."""
 
-_NAMES = Names(
-    attention="attention.self", projections=("query", "key", "value"),
-    attention_dropout="attention.self.dropout", out="attention.output.dense", dropout1="attention.output.dropout",
-    norm1="attention.output.LayerNorm", up="intermediate.dense", activation="intermediate.intermediate_act_fn",
-    down="output.dense", dropout2="output.dropout", norm2="output.LayerNorm",
-)  # fmt: skip
 _PARTS = {
     "attention": "Attention",
     "attention.self": "SelfAttention",
@@ -45,10 +41,46 @@ _LAYER = {
 }
 
 
+class BertKind(Adapter):
+    """Of layers of BERT's kind."""
+
+    def head_dim_of(self, layer: Any) -> int:
+        return at(layer, self.attention).attention_head_size  # type: ignore[no-any-return]
+
+    def why_not_more(self, layer: Any) -> str:
+        if getattr(layer, "is_decoder", False) or getattr(layer, "add_cross_attention", False):
+            return "a decoder layer"
+        holders = (layer, *(at(layer, path) for path in self.parts))
+        if any(part.__dict__.get("chunk_size_feed_forward") for part in holders):
+            return "the feed-forward is chunked"
+        return ""
+
+
+class _Adapter(BertKind):
+    """Of BERT's layers."""
+
+    weights: ClassVar = {
+        "in_proj": "attention.self.query", "k_proj": "attention.self.key", "v_proj": "attention.self.value",
+        "out_proj": "attention.output.dense", "norm1": "attention.output.LayerNorm",
+        "weight1": "intermediate.dense", "weight2": "output.dense", "norm2": "output.LayerNorm",
+    }  # fmt: skip
+    attention = "attention.self"
+    dropouts = ("attention.self.dropout", "attention.output.dropout", "output.dropout")
+
+    def options_of(self, layer: Any) -> dict[str, Any]:
+        attention, intermediate = at(layer, "attention"), at(layer, "intermediate")
+        return {
+            "scale": at(attention, "self").scaling, "activation": activation(intermediate.intermediate_act_fn),
+            "eps1": at(attention, "output.LayerNorm").eps, "eps2": at(layer, "output.LayerNorm").eps,
+            "attn_dropout_p": rate(attention, "self.dropout"), "dropout1_p": rate(attention, "output.dropout"),
+            "dropout2_p": rate(layer, "output.dropout"),
+        }  # fmt: skip
+
+
 def fused_classes(stock: Stock) -> Iterator[type]:
     """The classes that take the place of a family's own."""
     parts = {path: stock[name] for path, name in _PARTS.items()}
-    layer = stock.fused(PostNormLayer, "Layer", _LAYER, names=_NAMES, parts=parts)
+    layer = stock.fused(FusedLayer, "Layer", _LAYER, adapter=_Adapter(parts))
     yield layer
     encoder = {"Encoder": "hidden_states attention_mask **kwargs: layer"}
     yield stock.fused(PaddingFreeStates, "Encoder", encoder, fused_layer=layer)

@@ -1,35 +1,55 @@
-"""CLIP: the layers of both towers, and the encoder, which leaves the padding of texts out on the CPU."""
+"""CLIP and SigLIP: the layers of both towers, and the encoders, which leave the padding of texts out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .common import PaddingFreeStates
-from .pre_norm import PreNormLayer
+from .encoders import PaddingFreeStates
+from .layers import Adapter, FusedLayer, activation, at
 from .stock import Stock
 
-FAMILIES = {"clip": "CLIP"}
+FAMILIES = {"clip": "CLIP", "siglip": "Siglip"}
 
-_NAMES = {
-    "attention": "self_attn", "norm1": "layer_norm1", "norm2": "layer_norm2", "out": "out_proj",
-    "scale": "scale", "dropout": "dropout",
-}  # fmt: skip
 _LAYER = {
     "EncoderLayer": "hidden_states attention_mask **kwargs: layer_norm1 layer_norm2 mlp self_attn",
-    "Attention": "hidden_states attention_mask **kwargs: dropout head_dim k_proj out_proj q_proj scale v_proj",
     "MLP": "hidden_states: activation_fn fc1 fc2",
 }
+_ATTENTION = "hidden_states attention_mask **kwargs: dropout head_dim k_proj out_proj q_proj scale v_proj"
+_ENCODER = {"Encoder": "inputs_embeds attention_mask **kwargs:"}
 
 
-class _FusedEncoder(PaddingFreeStates):
+class _Adapter(Adapter):
+    """Of CLIP's layers."""
+
+    weights: ClassVar = {
+        "in_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
+        "out_proj": "self_attn.out_proj", "norm1": "layer_norm1", "weight1": "mlp.fc1", "weight2": "mlp.fc2",
+        "norm2": "layer_norm2",
+    }  # fmt: skip
+    attention = "self_attn"
+    served = frozenset({"hidden_states", "attention_mask", "is_causal"})
+
+    def options_of(self, layer: Any) -> dict[str, Any]:
+        attention = at(layer, "self_attn")
+        return {
+            "norm_first": True, "scale": attention.scale, "activation": activation(at(layer, "mlp").activation_fn),
+            "eps1": at(layer, "layer_norm1").eps, "eps2": at(layer, "layer_norm2").eps,
+            "attn_dropout_p": attention.dropout if attention.training else 0.0,
+        }  # fmt: skip
+
+
+class _FusedClipEncoder(PaddingFreeStates):
     """CLIP's encoder; mixed into a subclass of it. That of texts is causal."""
 
     layer_list = "layers"
     served = frozenset({"inputs_embeds", "attention_mask", "is_causal"})
+
+    def _padding(self, inputs: Tensor, attention_mask: Any, given: dict[str, Any]) -> Tensor | None:
+        return super()._padding(inputs, attention_mask, given) if given.get("is_causal") else None
 
     def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> Tensor | None:
         batch, length = inputs.shape[:2]
@@ -43,14 +63,19 @@ class _FusedEncoder(PaddingFreeStates):
             causal = torch.where(causal, 0.0, torch.finfo(dtype).min).to(dtype)
         return keep if torch.equal(attention_mask[:, 0], causal) else None
 
-    def _asks_for_more(self, given: dict[str, Any]) -> bool:
-        return not given.get("is_causal") or super()._asks_for_more(given)
+
+class _FusedSiglipEncoder(PaddingFreeStates):
+    """SigLIP's encoder; mixed into a subclass of it."""
+
+    layer_list = "layers"
+    served = frozenset({"inputs_embeds", "attention_mask"})
 
 
 def fused_classes(stock: Stock) -> Iterator[type]:
-    """The classes that take the place of CLIP's."""
-    parts = {"attention": stock["Attention"], "mlp": stock["MLP"]}
-    layer = stock.fused(PreNormLayer, "EncoderLayer", _LAYER, names=_NAMES, parts=parts)
+    """The classes that take the place of a family's own."""
+    parts, clip = {"self_attn": stock["Attention"], "mlp": stock["MLP"]}, stock.prefix == "CLIP"
+    attention = {"Attention": _ATTENTION if clip else f"{_ATTENTION} is_causal"}
+    layer = stock.fused(FusedLayer, "EncoderLayer", {**_LAYER, **attention}, adapter=_Adapter(parts))
     yield layer
-    encoder = {"Encoder": "inputs_embeds attention_mask **kwargs:"}
-    yield stock.fused(_FusedEncoder, "Encoder", encoder, fused_layer=layer)
+    encoder: Any = _FusedClipEncoder if clip else _FusedSiglipEncoder
+    yield stock.fused(encoder, "Encoder", _ENCODER, fused_layer=layer)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, ClassVar
 
-from .common import PaddingFreeStates
-from .post_norm import Names, PostNormEmbeddings, PostNormLayer
+from .bert import BertKind
+from .embeddings import PostNormEmbeddings
+from .encoders import PaddingFreeStates
+from .layers import FusedLayer, activation, at, rate
 from .stock import Stock
 
 FAMILIES = {"distilbert": ""}
 
-_NAMES = Names(
-    attention="attention", projections=("q_lin", "k_lin", "v_lin"),
-    attention_dropout="attention.dropout", out="attention.out_lin", dropout1=None, norm1="sa_layer_norm",
-    up="ffn.lin1", activation="ffn.activation", down="ffn.lin2", dropout2="ffn.dropout", norm2="output_layer_norm",
-)  # fmt: skip
 _EMBEDDINGS = {
     "Embeddings": "input_ids position_ids: LayerNorm dropout position_embeddings position_ids word_embeddings",
 }
@@ -27,10 +25,29 @@ _LAYER = {
 }  # fmt: skip
 
 
+class _Adapter(BertKind):
+    """Of DistilBERT's layers."""
+
+    weights: ClassVar = {
+        "in_proj": "attention.q_lin", "k_proj": "attention.k_lin", "v_proj": "attention.v_lin",
+        "out_proj": "attention.out_lin", "norm1": "sa_layer_norm", "weight1": "ffn.lin1", "weight2": "ffn.lin2",
+        "norm2": "output_layer_norm",
+    }  # fmt: skip
+    attention = "attention"
+    dropouts = ("attention.dropout", "ffn.dropout")
+
+    def options_of(self, layer: Any) -> dict[str, Any]:
+        return {
+            "scale": at(layer, "attention").scaling, "activation": activation(at(layer, "ffn").activation),
+            "eps1": at(layer, "sa_layer_norm").eps, "eps2": at(layer, "output_layer_norm").eps,
+            "attn_dropout_p": rate(layer, "attention.dropout"), "dropout2_p": rate(layer, "ffn.dropout"),
+        }  # fmt: skip
+
+
 def fused_classes(stock: Stock) -> Iterator[type]:
     """The classes that take the place of DistilBERT's."""
     parts = {"attention": stock["DistilBertSelfAttention"], "ffn": stock["FFN"]}
-    layer = stock.fused(PostNormLayer, "TransformerBlock", _LAYER, names=_NAMES, parts=parts)
+    layer = stock.fused(FusedLayer, "TransformerBlock", _LAYER, adapter=_Adapter(parts))
     yield layer
     encoder = {"Transformer": "hidden_states attention_mask **kwargs: layer"}
     yield stock.fused(PaddingFreeStates, "Transformer", encoder, fused_layer=layer)

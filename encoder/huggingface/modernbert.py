@@ -8,21 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
 from ..modules import why_not_plain
 from ..packing import PaddedPacking
-from .common import (
-    PaddingFree,
-    asks_for_more,
-    by_name,
-    feed_forward,
-    serves,
-    why_not_activation,
-    why_not_attention,
-    why_not_linear,
-)
-from .pre_norm import norm
-from .stock import CAPTURE, Stock
+from .calls import Call
+from .encoders import PaddingFree
+from .layers import Adapter, FusedLayer, activation, at, rate
+from .stock import Stock
 
 FAMILIES = {"modernbert": ""}
 
@@ -40,109 +31,89 @@ _MODEL = {
 }  # fmt: skip
 
 
-class _Packing(PaddedPacking):
-    """Where the real tokens are, and what layers of one kind share: rotary tables, and the band of a window."""
+class _Call(Call):
+    """What layers of one kind share: rotary tables of the packed tokens, and the band of a window."""
 
-    def __init__(self, keep: Tensor) -> None:
-        super().__init__(keep)
+    def __init__(self, packing: PaddedPacking | None) -> None:
+        super().__init__(packing)
         self._tables: dict[str, tuple[Tensor, Tensor]] = {}
         self._bands: dict[int, Tensor] = {}
 
     def tables(self, kind: Any, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The rows of cosine and sine tables that the packed tokens take, ``[T, D / 2]``."""
+        packing = self.packing
+        assert packing is not None
         if kind not in self._tables:
-            halves = (t[..., : t.shape[-1] // 2].expand(self.shape[0], -1, -1) for t in position_embeddings)
-            cos, sin = (self.pack(t) for t in halves)
+            batch = packing.shape[0]
+            halves = (t[..., : t.shape[-1] // 2].expand(batch, -1, -1) for t in position_embeddings)
+            cos, sin = (packing.pack(t).contiguous() for t in halves)
             self._tables[kind] = cos, sin
         return self._tables[kind]
 
-    def band(self, reach: int) -> Tensor | None:
+    def band(self, reach: int, x: Tensor) -> Tensor | None:
         """Which keys are no farther than `reach` tokens from a query, bool ``[L, L]``; None if all are."""
-        if self.max_length <= reach + 1:
+        length = x.shape[1] if self.packing is None else self.packing.max_length
+        if length <= reach + 1:
             return None
         if reach not in self._bands:
-            every = torch.ones(self.max_length, self.max_length, dtype=torch.bool)
+            every = torch.ones(length, length, dtype=torch.bool, device=x.device)
             self._bands[reach] = every.tril(reach).triu(-reach)
         return self._bands[reach]
 
 
-class _FusedLayer(nn.Module):
-    """A ModernBERT layer on the fused kernels; mixed into a subclass of it."""
+class _Adapter(Adapter):
+    """Of ModernBERT's layers."""
 
-    stock_attention: ClassVar[type]
-    stock_mlp: ClassVar[type]
+    weights: ClassVar = {
+        "in_proj": "attn.Wqkv", "out_proj": "attn.Wo", "norm1": "attn_norm", "weight1": "mlp.Wi", "weight2": "mlp.Wo",
+        "norm2": "mlp_norm",
+    }  # fmt: skip
+    attention = "attn"
+    dropouts = ("mlp.drop",)
     served = frozenset({"hidden_states", "attention_mask", "position_embeddings"})
 
-    @classmethod
-    def why_not_fused(cls, layer: Any) -> str:
-        """Why a layer cannot run fused, or ""."""
-        parts = layer._modules
-        attn, mlp, attn_norm = parts["attn"], parts["mlp"], parts["attn_norm"]
-        return (
-            why_not_plain([("attn", attn, cls.stock_attention), ("mlp", mlp, cls.stock_mlp)], except_of=CAPTURE)
-            or why_not_attention(attn, ("Wqkv", "Wo"), "attn", attn.head_dim)
-            or why_not_linear((f"mlp.{name}", mlp._modules[name]) for name in ("Wi", "Wo"))
-            or why_not_activation(mlp.act)
-            or why_not_plain(
-                [
-                    # The first layer has no norm of its own, and without dropout there is no module for it.
-                    ("attn_norm", attn_norm, _identity_or(nn.LayerNorm, attn_norm)),
-                    ("attn.out_drop", attn.out_drop, _identity_or(nn.Dropout, attn.out_drop)),
-                    ("mlp_norm", parts["mlp_norm"], nn.LayerNorm),
-                    ("mlp.drop", mlp._modules["drop"], nn.Dropout),
-                ]
-            )
+    def weights_of(self, layer: Any) -> dict[str, str]:
+        places = dict(self.weights)
+        if type(at(layer, "attn_norm")) is nn.Identity:
+            del places["norm1"]
+        return places
+
+    def why_not_more(self, layer: Any) -> str:
+        # The first layer has no norm of its own, and without dropout there is no module for it.
+        pairs = (("attn_norm", nn.LayerNorm), ("attn.out_drop", nn.Dropout))
+        modules = ((path, at(layer, path), kind) for path, kind in pairs)
+        return why_not_plain(
+            (path, module, nn.Identity if type(module) is nn.Identity else kind) for path, module, kind in modules
         )
 
-    def forward(
-        self, *args: Any, packing: _Packing | None = None, windowed: bool = False, **kwargs: Any
-    ) -> Tensor:  # fmt: skip
-        """As ModernBERT's own layer.
+    def options_of(self, layer: Any) -> dict[str, Any]:
+        attn, mlp, first = at(layer, "attn"), at(layer, "mlp"), at(layer, "attn_norm")
+        plain, out_drop = type(first) is nn.Identity, at(attn, "out_drop")
+        return {
+            "norm_first": True, "no_norm1": plain, "gated": True, "activation": activation(mlp.act),
+            "eps1": 0.0 if plain else first.eps, "eps2": at(layer, "mlp_norm").eps,
+            "attn_dropout_p": attn.attention_dropout if attn.training else 0.0,
+            "dropout1_p": out_drop.p if type(out_drop) is nn.Dropout and out_drop.training else 0.0,
+            "dropout_p": rate(mlp, "drop"),
+        }  # fmt: skip
 
-        With `packing` the result is packed, ``[T, width]``, and there is no mask. `windowed` says that the mask knows
-        of padding alone, so that a local layer adds its window.
-        """
-        given = by_name(self, args, kwargs)
-        x: Any = given.get("hidden_states")
-        attention_mask, position_embeddings = given.get("attention_mask"), given.get("position_embeddings")
-        parts: Any = self._modules
-        attn, mlp, attn_norm, mlp_norm = parts["attn"], parts["mlp"], parts["attn_norm"], parts["mlp_norm"]
-        if packing is None and not windowed and (
-            position_embeddings is None
-            or asks_for_more(given, self.served)
-            or not serves(x, attention_mask, mlp_norm.weight)
-            or self.why_not_fused(self)
-        ):  # fmt: skip
-            return super().forward(**given)
-        assert position_embeddings is not None
-        if packing is not None and x.dim() == 3:
-            x = packing.pack(x)
-        normed = x if type(attn_norm) is nn.Identity else norm(x, attn_norm)
-        key: Any  # for a type checker `rotary` may give None
-        query, key, value = attn.Wqkv(normed).unflatten(-1, (3, -1, attn.head_dim)).unbind(-3)
-        dropout_p = attn.attention_dropout if attn.training else 0.0
-        reach = None if attn.sliding_window is None else attn.sliding_window - 1
-        if packing is not None:
-            query, key = kernels.rotary(query, key, *packing.tables(self.attention_type, position_embeddings))
-            band = None if reach is None else packing.band(reach)
-            attended = packing.attend(query, key, value, attn_mask=band, dropout_p=dropout_p)
-        else:
-            query, key = kernels.rotary(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
-            window = (reach, reach) if windowed and reach is not None else None
-            attended = kernels.attention(
-                query, key, value.transpose(1, 2), attention_mask, dropout_p, window=window
-            ).transpose(1, 2)
-        out_drop = attn.out_drop
-        normed, x = kernels.add_norm(
-            attn.Wo(attended.flatten(-2)), x, mlp_norm.weight, mlp_norm.bias, eps=mlp_norm.eps,
-            dropout_p=out_drop.p if out_drop.training and type(out_drop) is nn.Dropout else 0.0, return_sum=True,
-        )  # fmt: skip
-        dropout_p = mlp.drop.p if mlp.drop.training else 0.0
-        return feed_forward(normed, mlp.Wi, mlp.act, mlp.Wo, gated=True, dropout_p=dropout_p, residual=x)
+    def serves(self, layer: Any, given: dict[str, Any]) -> bool:
+        return given.get("position_embeddings") is not None
 
-
-def _identity_or(kind: type[nn.Module], module: nn.Module) -> type[nn.Module]:
-    return nn.Identity if type(module) is nn.Identity else kind
+    def options_of_call(self, layer: Any, x: Tensor, given: dict[str, Any], call: Call | None) -> dict[str, Any]:
+        tables, mask = given["position_embeddings"], given.get("attention_mask")
+        if not isinstance(call, _Call):
+            return {"rotary": tables, "attn_mask": mask}
+        size = at(layer, "attn").sliding_window
+        reach = None if size is None else size - 1
+        if call.packing is not None:
+            tables, mask = call.tables(layer.attention_type, tables), None
+        if reach is None:
+            return {"rotary": tables, "attn_mask": mask}
+        if x.is_cuda:
+            return {"rotary": tables, "attn_mask": mask, "window": (reach, reach)}
+        # Elsewhere torch's attention is faster with a mask than ours with a window.
+        return {"rotary": tables, "attn_mask": call.band(reach, x)}
 
 
 class _FusedModel(PaddingFree):
@@ -152,17 +123,22 @@ class _FusedModel(PaddingFree):
     by_distance = True
     served = frozenset({"input_ids", "attention_mask", "inputs_embeds", "position_ids"})
 
-    def _plan(self, inputs: Tensor, attention_mask: Any) -> tuple[Any, dict[str, Any]] | None:
-        if attention_mask is not None and not (
-            isinstance(attention_mask, Tensor) and attention_mask.shape == inputs.shape[:2]
-        ):
+    def _plan(self, inputs: Tensor, given: dict[str, Any], flattened: dict[str, Any]) -> tuple[Any, Call] | None:
+        mask = given.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.shape == inputs.shape[:2]):
             return None
-        keep = self._padding(inputs, attention_mask)
-        if keep is not None:
-            return _for_all(None), {"packing": _Packing(keep)}
-        if not inputs.is_cuda:  # elsewhere torch's attention is faster with a mask than ours with a window
+        plan = super()._plan(inputs, given, flattened)
+        if plan is None:
             return None
-        return _for_all(None if attention_mask is None else attention_mask.bool()[:, None, None]), {"windowed": True}
+        mask, call = plan
+        if call.packing is not None:
+            return _for_all(None), call
+        if not inputs.is_cuda:
+            return None
+        return _for_all(None if mask is None else mask.bool()[:, None, None]), call
+
+    def _call(self, packing: PaddedPacking | None, inputs: Tensor, given: dict[str, Any]) -> Call:
+        return _Call(packing)
 
 
 def _for_all(mask: Tensor | None) -> dict[str, Tensor | None]:
@@ -172,7 +148,7 @@ def _for_all(mask: Tensor | None) -> dict[str, Tensor | None]:
 
 def fused_classes(stock: Stock) -> Iterator[type]:
     """The classes that take the place of ModernBERT's."""
-    parts = {"stock_attention": stock["ModernBertAttention"], "stock_mlp": stock["ModernBertMLP"]}
-    layer = stock.fused(_FusedLayer, "ModernBertEncoderLayer", _LAYER, **parts)
+    parts = {"attn": stock["ModernBertAttention"], "mlp": stock["ModernBertMLP"]}
+    layer = stock.fused(FusedLayer, "ModernBertEncoderLayer", _LAYER, adapter=_Adapter(parts))
     yield layer
     yield stock.fused(_FusedModel, "ModernBertModel", _MODEL, fused_layer=layer)

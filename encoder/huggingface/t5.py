@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import kernels
 from ..kernels.common.backend import would_use_triton
 from ..modules import why_not_plain
 from ..packing import PaddedPacking
-from .common import (
-    PaddingFree,
-    asks_for_more,
-    attention,
-    by_name,
-    feed_forward,
-    serves,
-    why_not_activation,
-    why_not_attention,
-    why_not_linear,
-)
+from .calls import Call
+from .encoders import PaddingFree
+from .layers import Adapter, FusedLayer, activation, at, rate
 from .stock import CAPTURE, Stock
 
 FAMILIES = {"t5": "T5", "mt5": "MT5"}
 """Model types of transformers and the prefix of their classes. Their layers are the same but for the name."""
 
-_PARTS = ("LayerSelfAttention", "Attention", "LayerNorm", "LayerFF", "DenseActDense", "DenseGatedActDense")
+_DENSE = "layer.1.DenseReluDense"
 _BLOCK = {
     "Block": "hidden_states attention_mask position_bias **kwargs: any clamp finfo float16 isinf layer max where",
     "LayerSelfAttention": "hidden_states attention_mask position_bias **kwargs: SelfAttention dropout layer_norm",
@@ -49,105 +41,78 @@ _STACK = {
 }  # fmt: skip
 
 
-class _FusedBlock(nn.Module):
-    """A block of T5's encoder on the fused kernels; mixed into a subclass of the family's own block."""
+class _Adapter(Adapter):
+    """Of the blocks of T5's encoder."""
 
-    parts: ClassVar[dict[str, type]]
-    """The family's own classes of the parts that the fused forward stands in for, by the end of their names."""
-    served: ClassVar[frozenset[str]] = frozenset({"hidden_states", "attention_mask", "position_bias"})
+    weights: ClassVar = {
+        "in_proj": "layer.0.SelfAttention.q", "k_proj": "layer.0.SelfAttention.k", "v_proj": "layer.0.SelfAttention.v",
+        "out_proj": "layer.0.SelfAttention.o", "norm1": "layer.0.layer_norm", "weight1": f"{_DENSE}.wi",
+        "weight2": f"{_DENSE}.wo", "norm2": "layer.1.layer_norm",
+    }  # fmt: skip
+    attention = "layer.0.SelfAttention"
+    dropouts = ("layer.0.dropout", "layer.1.dropout", f"{_DENSE}.dropout")
+    served = frozenset({"hidden_states", "attention_mask", "position_bias"})
 
-    @classmethod
-    def why_not_fused(cls, block: Any) -> str:
-        """Why a block cannot run fused, or ""."""
-        if block.is_decoder:
+    def __init__(self, parts: Mapping[str, type], norm: type, dense: tuple[type, type]) -> None:
+        super().__init__(parts, norm)
+        self.dense = dense
+        """The family's own classes of the plain and of the gated feed-forward."""
+
+    def head_dim_of(self, layer: Any) -> int:
+        return at(layer, self.attention).key_value_proj_dim  # type: ignore[no-any-return]
+
+    def weights_of(self, layer: Any) -> Any:
+        if "wi_0" not in at(layer, _DENSE)._modules:
+            return self.weights
+        return {**self.weights, "weight1": f"{_DENSE}.wi_0", "up": f"{_DENSE}.wi_1"}
+
+    def why_not_parts(self, layer: Any) -> str:
+        if layer.is_decoder:
             return "a decoder block"
-        stock = cls.parts
-        first, second = block._modules["layer"]
-        attention, dense = first._modules["SelfAttention"], second._modules["DenseReluDense"]
-        gated = type(dense) is stock["DenseGatedActDense"]
-        reason = why_not_plain(
-            [
-                ("layer.0", first, stock["LayerSelfAttention"]),
-                ("layer.0.SelfAttention", attention, stock["Attention"]),
-                ("layer.1", second, stock["LayerFF"]),
-                ("layer.1.DenseReluDense", dense, stock["DenseGatedActDense" if gated else "DenseActDense"]),
-            ],
-            except_of=CAPTURE,
-        )
-        if reason:
-            return reason
-        linears = ("wi_0", "wi_1", "wo") if gated else ("wi", "wo")
-        reason = (
-            why_not_attention(attention, ("q", "k", "v", "o"), "layer.0.SelfAttention", attention.key_value_proj_dim)
-            or why_not_linear((f"layer.1.DenseReluDense.{name}", dense._modules[name]) for name in linears)
-            or why_not_activation(dense.act)
-            or why_not_plain(
-                [
-                    ("layer.0.layer_norm", first._modules["layer_norm"], stock["LayerNorm"]),
-                    ("layer.0.dropout", first._modules["dropout"], nn.Dropout),
-                    ("layer.1.layer_norm", second._modules["layer_norm"], stock["LayerNorm"]),
-                    ("layer.1.dropout", second._modules["dropout"], nn.Dropout),
-                    ("layer.1.DenseReluDense.dropout", dense._modules["dropout"], nn.Dropout),
-                ]
-            )
-        )
-        if reason:
-            return reason
-        dtype = dense.wo.weight.dtype
-        if dtype == torch.float16:
+        dense = at(layer, _DENSE)
+        reason = super().why_not_parts(layer)
+        if not reason and type(dense) not in self.dense:
+            return f"{_DENSE} is a {type(dense).__name__}, not a {self.dense[0].__name__}"
+        return reason or why_not_plain([(_DENSE, dense, type(dense))], except_of=CAPTURE)
+
+    def why_not_more(self, layer: Any) -> str:
+        places = self.weights_of(layer)
+        products = [at(layer, places[name]) for name in ("weight1", "up", "weight2", "out_proj") if name in places]
+        dtypes = {getattr(getattr(module, "weight", None), "dtype", None) for module in products}
+        if torch.float16 in dtypes:
             return "float16 hidden states are clamped between the parts"
-        if any(dense._modules[name].weight.dtype != dtype for name in linears) or attention.o.weight.dtype != dtype:
-            return "the weights are of several dtypes"
-        return ""
+        return "the weights are of several dtypes" if len(dtypes) > 1 else ""
 
-    def forward(
-        self, *args: Any, packing: PaddedPacking | None = None, together: bool = False, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None, None]:
-        """As the family's own block.
+    def options_of(self, layer: Any) -> dict[str, Any]:
+        attention, dense = at(layer, self.attention), at(layer, _DENSE)
+        return {
+            "norm_first": True, "norm": "rms", "gated": "wi_0" in dense._modules, "scale": attention.scaling,
+            "activation": activation(dense.act), "eps1": at(layer, "layer.0.layer_norm").variance_epsilon,
+            "eps2": at(layer, "layer.1.layer_norm").variance_epsilon,
+            "attn_dropout_p": attention.dropout if attention.training else 0.0,
+            "dropout1_p": rate(layer, "layer.0.dropout"), "dropout_p": rate(dense, "dropout"),
+            "dropout2_p": rate(layer, "layer.1.dropout"),
+        }  # fmt: skip
 
-        With `packing` the result is packed, ``[T, width]``, and there is no mask. `together` says that all blocks of
-        the encoder run fused: then the position bias may be one by distance, ``[H, 2 R + 1]``.
-        """
-        given = by_name(self, args, kwargs)
-        x: Any = given.get("hidden_states")
-        attention_mask, position_bias = given.get("attention_mask"), given.get("position_bias")
-        first, second = self._modules["layer"]  # type: ignore[misc]
-        norm1, norm2 = first._modules["layer_norm"], second._modules["layer_norm"]
-        module, dense = first._modules["SelfAttention"], second._modules["DenseReluDense"]
-        if not together and (
-            asks_for_more(given, self.served)
-            or not serves(x, attention_mask, norm1.weight)
-            or (position_bias is None and not module.has_relative_attention_bias)
-            or self.why_not_fused(self)
-        ):
-            return super().forward(**given)
-        if packing is not None and x.dim() == 3:
-            x = packing.pack(x)
-        if position_bias is None:
-            position_bias = _position_bias(module, x, packing, together)
-        attended = attention(
-            kernels.add_norm(x, None, norm1.weight, norm="rms", eps=norm1.variance_epsilon),
-            (module.q, module.k, module.v), module.key_value_proj_dim, packing=packing,
-            dropout_p=module.dropout if module.training else 0.0, scale=module.scaling,
-            **_bias_and_mask(position_bias, attention_mask),
-        )  # fmt: skip
-        normed, x = kernels.add_norm(
-            module.o(attended), x, norm2.weight, norm="rms", eps=norm2.variance_epsilon,
-            dropout_p=first.dropout.p, training=first.dropout.training, return_sum=True,
-        )  # fmt: skip
-        out = feed_forward(
-            normed, (dense.wi_0, dense.wi_1) if "wi_0" in dense._modules else dense.wi, dense.act, dense.wo,
-            dropout_p=dense.dropout.p if dense.dropout.training else 0.0,
-            out_dropout_p=second.dropout.p if second.dropout.training else 0.0, residual=x,
-        )  # fmt: skip
-        return out, position_bias, None
+    def serves(self, layer: Any, given: dict[str, Any]) -> bool:
+        return given.get("position_bias") is not None or at(layer, self.attention).has_relative_attention_bias
+
+    def options_of_call(self, layer: Any, x: Tensor, given: dict[str, Any], call: Call | None) -> dict[str, Any]:
+        if given.get("position_bias") is None:
+            given["position_bias"] = _position_bias(at(layer, self.attention), x, call)
+        packed = call is not None and call.packing is not None
+        return _bias_and_mask(given["position_bias"], None if packed else given.get("attention_mask"))
+
+    def results(self, out: Tensor, given: dict[str, Any]) -> Any:
+        return out, given["position_bias"], None
 
 
-def _position_bias(module: Any, x: Tensor, packing: PaddedPacking | None, together: bool) -> Tensor:
+def _position_bias(module: Any, x: Tensor, call: Call | None) -> Tensor:
     """The bias that all blocks share: by distance where kernels read that, else ``[1, H, L, L]``, as torch's do."""
-    if together and packing is None and would_use_triton(x):
+    if call is not None and would_use_triton(x):
         table, reach = module.relative_attention_bias.weight, module.relative_attention_max_distance
         return kernels.t5_relative_bias(table, max_distance=reach)
+    packing: PaddedPacking | None = None if call is None else call.packing
     length = x.shape[1] if packing is None else packing.max_length
     bias: Tensor = module.compute_bias(length, length, device=x.device)
     return bias
@@ -175,13 +140,14 @@ class _FusedStack(PaddingFree):
         """Why a stack cannot run fused, or ""."""
         return "a decoder" if encoder.is_decoder else super().why_not_fused(encoder)
 
-    def _plan(self, inputs: Tensor, attention_mask: Any) -> tuple[Any, dict[str, Any]] | None:
-        mask, options = super()._plan(inputs, attention_mask) or (attention_mask, {})
-        return mask, {**options, "together": True}
-
 
 def fused_classes(stock: Stock) -> Iterator[type]:
     """The classes that take the place of a family's own."""
-    block = stock.fused(_FusedBlock, "Block", _BLOCK, parts={part: stock[part] for part in _PARTS})
+    parts = {
+        "layer.0": stock["LayerSelfAttention"], "layer.0.SelfAttention": stock["Attention"],
+        "layer.1": stock["LayerFF"],
+    }  # fmt: skip
+    dense = stock["DenseActDense"], stock["DenseGatedActDense"]
+    block = stock.fused(FusedLayer, "Block", _BLOCK, adapter=_Adapter(parts, stock["LayerNorm"], dense))
     yield block
     yield stock.fused(_FusedStack, "Stack", _STACK, fused_layer=block)

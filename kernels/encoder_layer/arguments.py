@@ -5,33 +5,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..attention.arguments import Options as AttentionOptions
-from ..attention.arguments import Tensors as AttentionTensors
 
 
 class LayerWeights(NamedTuple):
-    """The parameters of a layer, shaped as in `torch.nn.TransformerEncoderLayer`. None where it has none."""
+    """The parameters of a layer, named and shaped as in `torch.nn.TransformerEncoderLayer`. None where it has none.
+
+    E is the width, H and Hk the numbers of heads of the query and of key and value, D their size.
+    """
 
     in_proj_weight: Tensor
-    """``[3 E, E]``: query, key and value projections, one below the other."""
+    """``[(H + 2 Hk) D, E]``: query, key and value projections, one below the other; beside those of key and value the
+    query's, ``[H D, E]``."""
     in_proj_bias: Tensor | None
-    """``[3 E]``"""
+    """``[(H + 2 Hk) D]``, likewise."""
     out_proj_weight: Tensor
-    """``[E, E]``"""
+    """``[E, H D]``"""
     out_proj_bias: Tensor | None
     norm1_weight: Tensor | None
-    """``[E]``, as are the norms' other parameters."""
+    """``[E]``, as are the norms' other parameters. Without a weight and a bias that norm only scales."""
     norm1_bias: Tensor | None
     weight1: Tensor
-    """``[d_hidden, E]``"""
+    """``[d_hidden, E]``; gated ``[2 d_hidden, E]``, the gate first, or beside `up_weight` the gate's alone."""
     bias1: Tensor | None
     weight2: Tensor
     """``[E, d_hidden]``"""
     bias2: Tensor | None
     norm2_weight: Tensor | None
     norm2_bias: Tensor | None
+    k_proj_weight: Tensor | None = None
+    """``[Hk D, E]``. Where query, key and value lie one behind the other in one storage, or gate and up do, they take
+    one product, else one each."""
+    k_proj_bias: Tensor | None = None
+    v_proj_weight: Tensor | None = None
+    v_proj_bias: Tensor | None = None
+    up_weight: Tensor | None = None
+    """``[d_hidden, E]``: what the gate multiplies."""
+    up_bias: Tensor | None = None
 
 
 class Tensors(NamedTuple):
@@ -50,8 +63,19 @@ class Tensors(NamedTuple):
     bias2: Tensor | None
     norm2_weight: Tensor | None
     norm2_bias: Tensor | None
+    k_proj_weight: Tensor | None
+    k_proj_bias: Tensor | None
+    v_proj_weight: Tensor | None
+    v_proj_bias: Tensor | None
+    up_weight: Tensor | None
+    up_bias: Tensor | None
     attn_mask: Tensor | None
     """Four dimensions, each 1 or that of ``[B, H, L, L]``."""
+    relative_bias: Tensor | None
+    """As in `attention`, ``[1 or H, 2 R + 1]``."""
+    cos: Tensor | None
+    """As in `rotary`."""
+    sin: Tensor | None
     cu_seqlens: Tensor | None
     """``[B + 1]``, of a packed batch."""
     attention_seed: Tensor | None = None
@@ -64,13 +88,28 @@ class Options(NamedTuple):
     """The numbers of a call."""
 
     nhead: int
+    kv_nhead: int
+    head_dim: int
+    scale: float
+    """Of the scores."""
     batch_first: bool
     norm_first: bool
+    no_norm1: bool
+    """Pre-norm, attention's input is the source itself."""
+    rms: bool
     activation: str
     """A name, or of a call that runs part by part a function."""
+    gated: bool
     eps1: float
     eps2: float
     is_causal: bool
+    left: int
+    """How many keys before and behind its own position a query sees; -1: all."""
+    right: int
+    softcap: float
+    """0: none."""
+    recompute: bool
+    """The activation is computed again for the backward pass."""
     attention_p: float = 0.0
     """Probabilities of the dropouts: of the softmax weights, the projection, the hidden layer, the output."""
     projection_p: float = 0.0
@@ -78,45 +117,69 @@ class Options(NamedTuple):
     output_p: float = 0.0
 
 
-def views(qkv: Tensor, shape: Sequence[int], options: Options) -> tuple[Tensor, ...]:
-    """Query, key and value ``[B, H, L, D]`` in their rows ``[T, 3 E]``; of a packed batch ``[T, H, D]``."""
-    nhead = options.nhead
-    split = qkv.view(*shape[:-1], 3, nhead, shape[-1] // nhead)
-    if len(shape) == 2:
-        return split.unbind(1)
-    return split.permute((2, 0, 3, 1, 4) if options.batch_first else (2, 1, 3, 0, 4)).unbind()
+def views(qkv: Tensor, shape: Sequence[int], o: Options) -> tuple[Tensor, ...]:
+    """Query, key and value ``[B, H, L, D]`` in their rows ``[T, (H + 2 Hk) D]``; of a packed batch ``[T, H, D]``."""
+    split = qkv.view(*shape[:-1], o.nhead + 2 * o.kv_nhead, o.head_dim)
+    if len(shape) == 3:
+        split = split.transpose(1, 2) if o.batch_first else split.permute(1, 2, 0, 3)
+    return split.split((o.nhead, o.kv_nhead, o.kv_nhead), 1)
 
 
-def attention_tensors(
-    qkv: Tensor, shape: Sequence[int], attn_mask: Tensor | None, starts: Tensor | None, seed: Tensor | None,
-    options: Options,
-) -> AttentionTensors:  # fmt: skip
-    """The tensors of the attention call on the projections ``[T, 3 E]``."""
-    query, key, value = views(qkv, shape, options)
-    return AttentionTensors(
-        query, key, value, attn_mask, seqlens_q=starts, seqlens_k=starts, seed=seed,
+def attention_options(packed: bool, o: Options) -> AttentionOptions:
+    """The numbers of the attention call."""
+    return AttentionOptions(
+        o.scale, o.attention_p, o.softcap, o.left, 0 if o.is_causal else o.right, packed=packed
     )  # fmt: skip
 
 
-def attention_options(width: int, packed: bool, options: Options) -> AttentionOptions:
-    """The numbers of that call."""
-    right = 0 if options.is_causal else -1
-    return AttentionOptions((width // options.nhead) ** -0.5, options.attention_p, right=right, packed=packed)
-
-
-def as_rows(attended: Tensor, options: Options) -> Tensor:
-    """What attention returns as ``[T, E]`` in the order of the source's rows; a view."""
+def as_rows(attended: Tensor, o: Options) -> Tensor:
+    """What attention returns as ``[T, H D]`` in the order of the source's rows; a view."""
     if attended.dim() == 3:
         return attended.flatten(1)
-    swapped = attended.transpose(1, 2) if options.batch_first else attended.permute(2, 0, 1, 3)
+    swapped = attended.transpose(1, 2) if o.batch_first else attended.permute(2, 0, 1, 3)
     return swapped.reshape(-1, attended.shape[1] * attended.shape[3])
 
 
-def as_heads(rows: Tensor, attended: Tensor, options: Options) -> Tensor:
+def as_heads(rows: Tensor, attended: Tensor, o: Options) -> Tensor:
     """The other way round."""
     if attended.dim() == 3:
         return rows.view(attended.shape)
     batch, nhead, length, head_dim = attended.shape
-    if options.batch_first:
+    if o.batch_first:
         return rows.view(batch, length, nhead, head_dim).transpose(1, 2)
     return rows.view(length, batch, nhead, head_dim).permute(1, 2, 0, 3)
+
+
+def lie_together(tensors: Sequence[Tensor | None]) -> bool:
+    """True if tensors are contiguous and lie one behind the other in one storage; True too if all are None."""
+    first = tensors[0]
+    if first is None:
+        return all(t is None for t in tensors)
+    at, offset, size = first.data_ptr(), first.storage_offset(), first.element_size()
+    for t in tensors:
+        if t is None or t.data_ptr() != at or t.storage_offset() != offset or not t.is_contiguous():
+            return False
+        if t.dtype != first.dtype or t.device != first.device:
+            return False
+        count = t.numel()
+        at, offset = at + count * size, offset + count
+    return True
+
+
+def together(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Tensors that lie together as one, a view."""
+    first = tensors[0]
+    if first is None or len(tensors) == 1:
+        return first
+    rows = sum(t.shape[0] for t in tensors if t is not None)
+    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Tensors one below the other: a view if they lie so, else a copy; differentiable if a copy."""
+    first = tensors[0]
+    if first is None or tensors[1] is None:
+        return first
+    if not torch.is_grad_enabled() and lie_together(tensors):
+        return together(tensors)
+    return torch.cat(tensors)  # type: ignore[arg-type]

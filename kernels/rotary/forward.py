@@ -82,8 +82,11 @@ def rotary_kernel(
 _PROGRAMS_PER_UNIT = 8
 
 
-def rotate(like: Tensors, options: Options) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """A function of the tensors of a call that launches the kernel: query and key rotated, each in its memory order."""
+def rotate(
+    like: Tensors, options: Options, in_place: bool = False
+) -> Callable[..., tuple[Tensor, Tensor | None]]:  # fmt: skip
+    """A function of the tensors of a call that launches the kernel: query and key rotated, each in its memory order, or
+    in its own memory."""
     query, key, cos, sin, ids = like
     index, head_size, packed, doubled = query.device.index, query.shape[-1], query.dim() == 3, cos.dim() == 3
     inputs = [t for t in (query, key) if t is not None]
@@ -92,7 +95,7 @@ def rotate(like: Tensors, options: Options) -> Callable[..., tuple[Tensor, Tenso
     block_h, rest = max(16, gpu.power_of_2(half)), head_size - 2 * half
     block_m, most = max(1, 1024 // block_h), _PROGRAMS_PER_UNIT * gpu.compute_units(index)
     own_tables, own_ids = doubled and cos.shape[0] != 1, ids is not None and ids.dim() == 2 and ids.shape[0] != 1
-    every = inputs + [torch.empty_like(t) for t in inputs]
+    every = inputs + (inputs if in_place else [torch.empty_like(t) for t in inputs])
     columns = tuple([t.stride(-1) for t in every])
     # Strides of results change with L, but all are multiples of the head size, or the signature has the shape.
     changing = [stride for t in every for stride in t.stride()[:-1]] + [t.stride(0) for t in (cos, sin) if own_tables]
@@ -106,7 +109,7 @@ def rotate(like: Tensors, options: Options) -> Callable[..., tuple[Tensor, Tenso
 
     def run(query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor, ids: Any) -> tuple[Tensor, Tensor | None]:
         inputs = (query,) if key is None else (query, key)
-        outs = tuple([torch.empty_like(x) for x in inputs])
+        outs = inputs if in_place else tuple([torch.empty_like(x) for x in inputs])
         tokens = query.shape[places[2]]
         programs = -(-tokens // block_m) * (1 if packed else query.shape[0])
         if programs * count:

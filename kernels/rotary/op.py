@@ -15,14 +15,22 @@ from .eager import Options, Tensors
 
 
 def _signature(query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor, ids: Tensor | None) -> Hashable:
-    shape, rows = query.shape, cos.shape[0]
+    shape = query.shape
     tokens = shape[0 if len(shape) == 3 else 2]
     return (
         _of_heads(query), None if key is None else (_of_heads(key), key.shape[::2] == shape[::2]),
-        _of_rows(cos, shape[0], 2), _of_rows(sin, shape[0], 2), math.gcd(16, *cos.stride()[:-2], *sin.stride()[:-2]),
+        of_tables(cos, sin, shape[0], tokens),
+        None if ids is None else (_of_rows(ids, shape[0], 1), ids.shape[-1] == tokens),
+    )  # fmt: skip
+
+
+def of_tables(cos: Tensor, sin: Tensor, batch: int, tokens: int) -> Hashable:
+    """Signature of cosines and sines for so many sequences of so many tokens."""
+    rows = cos.shape[0]
+    return (
+        _of_rows(cos, batch, 2), _of_rows(sin, batch, 2), math.gcd(16, *cos.stride()[:-2], *sin.stride()[:-2]),
         cos.shape[-1], cos.shape[1] == tokens, rows >= tokens, rows > 0, cos.shape == sin.shape,
         cos.requires_grad or sin.requires_grad,
-        None if ids is None else (_of_rows(ids, shape[0], 1), ids.shape[-1] == tokens),
     )  # fmt: skip
 
 

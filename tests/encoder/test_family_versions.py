@@ -147,7 +147,7 @@ def test_an_encoder_that_hands_nothing_on_is_left(monkeypatch):
 @pytest.mark.parametrize("by_position", [True, False], ids=["by position", "by name"])
 def test_the_order_of_arguments_is_that_of_the_stock_forward(monkeypatch, by_position):
     """A decoder layer whose second and third arguments changed places, fused and where its stock forward runs."""
-    from fusenc.huggingface import bart, stock
+    from fusenc.huggingface import bart, layers, stock
 
     layer = small_model("bart").decoder.layers[0]
     module, original = modeling("bart"), type(layer).forward
@@ -160,16 +160,15 @@ def test_the_order_of_arguments_is_that_of_the_stock_forward(monkeypatch, by_pos
     mask = torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 1, 5, 5)
     expected = layer(x, attention_mask=mask, encoder_hidden_states=source)
     monkeypatch.setattr(module, "BartDecoderLayer", Reordered)
-    monkeypatch.setattr(bart, "FusedReordered", None, raising=False)
-    layer.__class__ = stock.Stock("bart", "Bart").fused(
-        bart._FusedDecoderLayer, "DecoderLayer", {}, stock_attention=module.BartAttention
-    )
-    products = []
-    monkeypatch.setattr(bart, "attention", lambda *a, f=bart.attention, **k: products.append(0) or f(*a, **k))
-    for more in ({}, {"max_length_q": 5}):  # the second is not served
+    monkeypatch.setattr(layers, "FusedReordered", None, raising=False)
+    adapter = bart._DecoderAdapter({"self_attn": module.BartAttention, "encoder_attn": module.BartAttention})
+    layer.__class__ = stock.Stock("bart", "Bart").fused(layers.FusedLayer, "DecoderLayer", {}, adapter=adapter)
+    calls, kernel = [], fusenc.kernels.decoder_layer
+    monkeypatch.setattr(fusenc.kernels, "decoder_layer", lambda *a, **k: calls.append(0) or kernel(*a, **k))
+    for more in ({}, {"output_attentions": True}):  # the second is not served
         args, kwargs = (source, mask), {"attention_mask": mask, "encoder_hidden_states": source}
         got = layer(x, *args, **more) if by_position else layer(x, **kwargs, **more)
-        assert len(products) == 2
+        assert len(calls) == 1
         torch.testing.assert_close(got, expected, rtol=SAME_ALGORITHM, atol=10 * SAME_ALGORITHM)
 
 

@@ -189,7 +189,6 @@ def test_decoders_and_other_options_are_left_with_a_reason():
     for options, reason in (
         ({"is_decoder": True}, "a decoder layer"),
         ({"is_decoder": True, "add_cross_attention": True}, "a decoder layer"),
-        ({"hidden_act": "mish"}, "activation MishActivation"),
         ({"chunk_size_feed_forward": 2}, "the feed-forward is chunked"),
         ({"attn_implementation": "flex_attention"}, "attention implementation flex_attention is not fused"),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -57,6 +58,10 @@ class Family(NamedTuple):
     """With fewer it has no layer of some kind."""
     since: str = "5.2"
     """The oldest transformers whose classes fusenc knows; before, the family is left, and its tests are skipped."""
+    first_position: int | None = None
+    """Of a text, where positions are given with the ids."""
+    encoder: bool = True
+    """Its encoder is one of texts, which `fuse` changes."""
     variant: bool = False
     """Another configuration of a family that is in the table: not run on the GPU path, where launches are slow."""
 
@@ -65,27 +70,30 @@ DISTILBERT = {**TEXT, "dim": 48, "n_heads": 4, "hidden_dim": 64, "n_layers": 2, 
 ALBERT = {**BERT, "embedding_size": 24, "num_hidden_layers": 4}
 
 FAMILIES = {
-    "bert": Family("bert", "BertModel", BERT, 4),
+    "bert": Family("bert", "BertModel", BERT, 4, first_position=0),
     "bert tanh gelu": Family(
         "bert", "BertModel", {**BERT, "hidden_act": "gelu_new", "layer_norm_eps": 1e-6}, 4, variant=True
     ),
     "bert relu": Family("bert", "BertModel", {**BERT, "hidden_act": "relu", "type_vocab_size": 1}, 4, variant=True),
-    "roberta": Family("roberta", "RobertaModel", BERT, 3),
-    "xlm-roberta": Family("xlm-roberta", "XLMRobertaModel", BERT, 3),
-    "camembert": Family("camembert", "CamembertModel", BERT, 3),
-    "electra": Family("electra", "ElectraModel", {**BERT, "embedding_size": 48}, 4),
+    "roberta": Family("roberta", "RobertaModel", BERT, 3, first_position=2),
+    "xlm-roberta": Family("xlm-roberta", "XLMRobertaModel", BERT, 3, first_position=2),
+    "camembert": Family("camembert", "CamembertModel", BERT, 3, first_position=2),
+    "electra": Family("electra", "ElectraModel", {**BERT, "embedding_size": 48}, 4, first_position=0),
     "electra narrow embeddings": Family("electra", "ElectraModel", {**BERT, "embedding_size": 24}, 4, variant=True),
-    "distilbert": Family("distilbert", "DistilBertModel", DISTILBERT, 4, ("dropout", "attention_dropout")),
+    "distilbert": Family(
+        "distilbert", "DistilBertModel", DISTILBERT, 4, ("dropout", "attention_dropout"), first_position=0
+    ),
     "distilbert sinusoidal": Family(
         "distilbert", "DistilBertModel", {**DISTILBERT, "sinusoidal_pos_embds": True, "activation": "relu"}, 4,
         ("dropout", "attention_dropout"), variant=True,
     ),
-    "albert": Family("albert", "AlbertModel", {**ALBERT, "hidden_act": "gelu_new"}, 3),
+    "albert": Family("albert", "AlbertModel", {**ALBERT, "hidden_act": "gelu_new"}, 3, first_position=0),
     "albert groups": Family(
         "albert", "AlbertModel", {**ALBERT, "num_hidden_groups": 2, "inner_group_num": 2}, 6, variant=True
     ),
     "mpnet": Family(
-        "mpnet", "MPNetModel", {**BERT, "layer_norm_eps": 1e-5}, 3, by_distance=True, implementations=("eager",)
+        "mpnet", "MPNetModel", {**BERT, "layer_norm_eps": 1e-5}, 4, by_distance=True, implementations=("eager",),
+        first_position=2,
     ),
 }  # fmt: skip
 
@@ -106,14 +114,18 @@ _BART = {
 _BART_DROPOUT = ("dropout", "attention_dropout", "activation_dropout")
 
 FAMILIES |= {
-    "vit": Family("vit", "ViTModel", _PATCHES, 2, since="5.9"),
+    "vit": Family("vit", "ViTModel", _PATCHES, 2, since="5.9", encoder=False),
     "clip text": Family("clip_text_model", "CLIPTextModel", {**BERT, "bos_token_id": 0, "eos_token_id": 2}, 3,
-                        ("attention_dropout",)),
-    "clip vision": Family("clip_vision_model", "CLIPVisionModel", _PATCHES, 3, ("attention_dropout",)),
+                        ("attention_dropout",), first_position=0),
+    "clip vision": Family("clip_vision_model", "CLIPVisionModel", _PATCHES, 3, ("attention_dropout",), encoder=False),
+    "siglip text": Family("siglip_text_model", "SiglipTextModel", BERT, 3, ("attention_dropout",), first_position=0),
+    "siglip vision": Family(
+        "siglip_vision_model", "SiglipVisionModel", {**_PATCHES, "image_size": 16}, 4, ("attention_dropout",), encoder=False
+    ),
     "modernbert": Family(
         "modernbert", "ModernBertModel",
         {**BERT, "num_hidden_layers": 3, "local_attention": 4, "global_attn_every_n_layers": 2, "norm_bias": True}, 4,
-        ("attention_dropout", "mlp_dropout", "embedding_dropout"), by_distance=True, least_layers=2,
+        ("attention_dropout", "mlp_dropout", "embedding_dropout"), by_distance=True, least_layers=2, first_position=0,
     ),
     "modernbert biases": Family(
         "modernbert", "ModernBertModel",
@@ -179,7 +191,8 @@ def batch(kind: str = "padded", length: int = 9, model: nn.Module | None = None)
     """Inputs of a model, of one of texts by default."""
     generator = torch.Generator().manual_seed(0)
     if getattr(model, "main_input_name", "") == "pixel_values":
-        return {"pixel_values": torch.randn(4, 3, 12, 12, generator=generator)}
+        size = model.config.image_size  # type: ignore[union-attr]
+        return {"pixel_values": torch.randn(4, 3, size, size, generator=generator)}
     mask = torch.ones(4, length, dtype=torch.long)
     if kind != "dense":
         mask[1, 5:] = 0
@@ -199,7 +212,8 @@ def batch(kind: str = "padded", length: int = 9, model: nn.Module | None = None)
 def real_tokens(inputs: dict[str, Tensor]) -> Tensor:
     """Which positions of the last hidden state count; of images all."""
     if "pixel_values" in inputs:
-        return torch.ones(len(inputs["pixel_values"]), 10, dtype=torch.bool)
+        batch, _, size, _ = inputs["pixel_values"].shape
+        return torch.ones(batch, {12: 10, 16: 16}[size], dtype=torch.bool)  # with a class token and without
     return inputs.get("decoder_attention_mask", inputs["attention_mask"]).bool()
 
 
@@ -219,7 +233,7 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: p
         for name, p in model.named_parameters()
-        if p.requires_grad and not any(other in name for other in ("pooler", "post_layernorm"))
+        if p.requires_grad and not any(other in name for other in ("pooler", "post_layernorm", "head."))
     }
 
 
@@ -265,7 +279,7 @@ def test_padding_is_left_out(name, kind):
     rows = []
     inputs = batch(kind, model=model)
     real = real_tokens(inputs)
-    with recorded("ffn", rows):
+    with recorded(rows):
         hidden = model(**inputs).last_hidden_state
     assert hidden.shape[:2] == real.shape and hidden.isfinite().all()
     packed = not (kind == "gaps" and FAMILIES[name].by_distance)
@@ -273,7 +287,7 @@ def test_padding_is_left_out(name, kind):
         return assert_decoder_unfused(rows, inputs, packed)
     assert rows and set(rows) == tokens_in_layers(inputs, packed)
     if packed and "decoder_input_ids" not in inputs:
-        norm = getattr(model, "text_model", model).final_layer_norm if name == "clip text" else None
+        norm = getattr(model, "text_model", model).final_layer_norm if name in ("clip text", "siglip text") else None
         assert (hidden[~real] == (0 if norm is None else norm.bias)).all()
     return None
 
@@ -403,7 +417,7 @@ def test_hidden_states_and_attentions(name):
                     torch.testing.assert_close(g, e, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
         assert ("output_attentions" in options) == any("attentions" in key for key in got)
     rows = []
-    with recorded("ffn", rows):
+    with recorded(rows):
         model(**inputs)
     assert rows and set(rows) <= tokens_in_layers(inputs)
 
@@ -431,7 +445,7 @@ def test_gradient_checkpointing(name, reentrant):
     for calls in (layers, 2 * layers):
         inputs, rows = batch(model=model), []
         real = real_tokens(inputs)
-        with recorded("ffn", rows):
+        with recorded(rows):
             hidden = model(**inputs).last_hidden_state[real]
             weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(7))
             (hidden * weights).sum().backward()
@@ -445,16 +459,17 @@ def test_gradient_checkpointing(name, reentrant):
 
 
 @contextlib.contextmanager
-def recorded(function: str, rows: list[int]) -> Iterator[None]:
-    """Notes how many tokens each call of a function of the kernels gets."""
-    original = getattr(fusenc.kernels, function)
+def recorded(rows: list[int]) -> Iterator[None]:
+    """Notes how many tokens each call of a fused layer gets."""
 
-    def recording(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def recording(original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows.append(x.shape[:-1].numel())
         return original(x, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fusenc.kernels, function, recording)
+        for name in ("encoder_layer", "decoder_layer"):
+            original = getattr(fusenc.kernels, name)
+            patch.setattr(fusenc.kernels, name, functools.partial(recording, original))
         yield
 
 
@@ -564,9 +579,9 @@ def test_lora(targets, first):
             report = fusenc.fuse(model, strict=True)
             assert len(report.fused) == 4
         rows, inputs = [], batch()
-        with recorded("add_norm", rows):
+        with recorded(rows):
             hidden = model(**inputs).last_hidden_state[inputs["attention_mask"].bool()]
-        assert rows == ([inputs["attention_mask"].sum()] * 4 if fused else [])
+        assert rows == ([inputs["attention_mask"].sum()] * 2 if fused else [])
         trained = [p for p in parameters(model).values() if p.requires_grad]
         results.append(output_and_gradients(hidden, trained))
     assert_same(results[1], results[0], SAME_ALGORITHM)
@@ -593,10 +608,11 @@ def test_lora_in_every_linear_layer(name):
     for unfused in (False, True):
         if unfused:
             fusenc.unfuse(model)
-        with recorded("add_norm", rows):
+        with recorded(rows):
             hidden = model(**inputs).last_hidden_state[real_tokens(inputs)]
         results.append(output_and_gradients(hidden, [p for p in parameters(model).values() if p.requires_grad]))
-    assert len(rows) >= len(fused) and set(rows) == tokens_in_layers(inputs)
+    layers = sum("Layer" in kind or "Block" in kind for kind in fused.values())
+    assert len(rows) == layers and set(rows) == tokens_in_layers(inputs)
     assert_same(results[0], results[1], SAME_ALGORITHM)
 
 
@@ -668,7 +684,7 @@ def test_sentence_transformers():
     report = fusenc.fuse(model, strict=True)
     assert len(report.fused) == 8
     rows = []
-    with recorded("ffn", rows):
+    with recorded(rows):
         got = model.encode(sentences, batch_size=8, convert_to_tensor=True)
     lengths = [len(ids) for ids in model.tokenizer(sentences)["input_ids"]]
     assert sum(rows) == 6 * sum(lengths)
@@ -778,19 +794,76 @@ def test_generates_the_same_tokens(name, kind):
             assert torch.equal(got, tokens)
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.variant and name != "mpnet"])
+TEXTS = [name for name, family in FAMILIES.items() if family.encoder and not family.variant]
+
+
+def flattened(model: nn.Module, name: str) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+    """Texts, and the same one after the other in one row, as transformers' collator puts them."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (7, 1, 5)
+    texts = [torch.randint(2, 100, (1, n), generator=generator) for n in lengths]
+    starts = torch.tensor([0, 7, 8, 13], dtype=torch.int32)
+    batch = {"input_ids": torch.cat(texts, 1), "cu_seq_lens_q": starts, "cu_seq_lens_k": starts.clone()}
+    if FAMILIES[name].first_position is not None:
+        first = FAMILIES[name].first_position
+        batch["position_ids"] = torch.cat([torch.arange(first, first + n) for n in lengths])[None]
+    return [{"input_ids": text} for text in texts], {**batch, "max_length_q": 7, "max_length_k": 7}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_flattened_batches(name):
+    """Each text as by itself, values and gradients."""
+    model = small_model(name)
+    model = getattr(model, "encoder", model) if name in ("bart", "marian") else model
+    texts, batch = flattened(model, name)
+    results = []
+    for fused in (False, True):
+        if fused:
+            fusenc.fuse(model)
+        rows = []
+        with recorded(rows):
+            hidden = (
+                model(**batch).last_hidden_state[0] if fused
+                else torch.cat([model(**text).last_hidden_state[0] for text in texts])
+            )  # fmt: skip
+        assert not fused or set(rows) == {13}
+        results.append(output_and_gradients(hidden, list(parameters(model).values())))
+    assert_same(results[1], results[0], SAME_ALGORITHM)
+
+
+def test_flattened_batches_that_do_not_fit():
+    model = small_model("bert")
+    _, batch = flattened(model, "bert")
+    fuse("bert", model)
+    short, other = batch["cu_seq_lens_q"][:-1], torch.tensor([0, 6, 8, 13], dtype=torch.int32)
+    for change, name in (
+        ({"cu_seq_lens_q": short, "cu_seq_lens_k": short}, "cu_seq_lens_q"), ({"cu_seq_lens_k": other}, "cu_seq_lens_k"),
+        ({"max_length_k": None}, "max_length_k"), ({"max_length_q": 5}, "max_length_q"),
+        ({"attention_mask": (torch.arange(13) < 9).long()[None]}, "attention_mask"),
+        ({"input_ids": batch["input_ids"].expand(2, -1)}, "cu_seq_lens_q"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            model(**{**batch, **change})
+    model.encoder.layer[1].register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected None, since this call does not run fused"):
+        model(**batch)
+    model.set_attn_implementation("eager")
+    bart = small_model("bart")
+    fuse("bart", bart)
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        bart(decoder_input_ids=batch["input_ids"], **{k: v for k, v in batch.items() if k != "position_ids"})
+
+
+@pytest.mark.parametrize("name", TEXTS)
 def test_arguments_that_are_not_served_reach_the_stock_layers(name):
-    """Those of a flattened batch, which transformers hands through to attention; MPNet's layers drop them."""
+    """One that changes nothing is served."""
     model = small_model(name).eval()
     inputs = batch("dense", model=model)
-    lengths = torch.tensor([0, 4, 9], dtype=torch.int32)
-    flattened = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 5, "max_length_k": 5}
-    stock = copy.deepcopy(model)
     fuse(name, model)
     rows = []
-    with recorded("ffn", rows), torch.no_grad():
-        got, expected = (m(**inputs, **flattened).last_hidden_state for m in (model, stock))
-        assert not rows and torch.equal(got, expected)
+    with recorded(rows), torch.no_grad():
+        model(**inputs, output_attentions=True)
+        assert not rows or name in ("bart", "marian")
         model(**inputs, cu_seq_lens_q=None, output_attentions=False, num_items_in_batch=torch.tensor(4))
     assert rows
 
@@ -934,7 +1007,6 @@ def test_reasons():
         return set(fusenc.fuse(model).left.values())
 
     assert reasons(small_model("t5 with decoder")) == {"a decoder", "a decoder block"}
-    assert reasons(small_model("vit", hidden_act="mish")) == {"activation MishActivation() is not fused"}
     flex = small_model("clip text", implementation="flex_attention")
     assert reasons(flex) == {"attention implementation flex_attention is not fused"}
     mixed = small_model("t5").bfloat16()

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import assert_contract, assert_same, output_and_gradients
-from fusenc.kernels import LayerWeights, encoder_layer, last_backend, use_backend
+from fusenc.kernels import LayerWeights, encoder_layer, last_backend, rotary_tables, use_backend
 from fusenc.kernels.common import plan
 from fusenc.kernels.encoder_layer import op
 from fusenc.kernels.encoder_layer.op import ENCODER_LAYER
-from tolerances import HALF_PRECISION, SAME_ALGORITHM, SAME_ALGORITHM_64
+from tolerances import SAME_ALGORITHM
 
 pytestmark = pytest.mark.kernel
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -37,39 +37,97 @@ def tensors(shape, hidden=70, device="cpu", biases=True):
     return src, weights
 
 
+def separate(weights, together, kv_heads=HEADS):
+    """The same with weights of their own for query, key and value, in one storage or each in one."""
+    head_dim = weights.out_proj_weight.shape[1] // HEADS
+    sizes = [HEADS * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+    found = {}
+    for kind, whole in (("weight", weights.in_proj_weight), ("bias", weights.in_proj_bias)):
+        whole = whole if together else whole[: sum(sizes)]
+        for name, part in zip(("in_proj", "k_proj", "v_proj"), whole.split(sizes), strict=True):
+            found[f"{name}_{kind}"] = part if together else part.clone()
+    return weights._replace(**found)
+
+
+def gated(weights, separately=False, together=False):
+    """The same with a gated feed-forward of the same hidden size."""
+    generator = torch.Generator().manual_seed(2)
+    up = torch.randn(weights.weight1.shape, generator=generator).to(weights.weight1) * weights.weight1.std()
+    up_bias = torch.randn(weights.bias1.shape, generator=generator).to(weights.bias1)
+    weight, bias = torch.cat((weights.weight1, up)), torch.cat((weights.bias1, up_bias))
+    if not separately:
+        return weights._replace(weight1=weight, bias1=bias)
+    (w1, w2), (b1, b2) = (t.chunk(2) if together else [p.clone() for p in t.chunk(2)] for t in (weight, bias))
+    return weights._replace(weight1=w1, up_weight=w2, bias1=b1, up_bias=b2)
+
+
 def plain(
-    src, w, *, attn_mask=None, is_causal=False, batch_first=True, norm_first=False, activation="gelu", eps1=1e-5,
-    eps2=1e-5,
+    src, w, *, attn_mask=None, is_causal=False, batch_first=True, norm_first=False, no_norm1=False, norm="layer",
+    activation="gelu", gated=False, eps1=1e-5, eps2=1e-5, scale=None, window=None, softcap=None, relative_bias=None,
+    rotary=None, recompute=False,
 ):  # fmt: skip
     """The layer in plain PyTorch."""
     x = src if batch_first else src.transpose(0, 1)
     b, n, e = x.shape
-    act = {"gelu": F.gelu, "relu": F.relu}[activation]
+    d = w.out_proj_weight.shape[1] // HEADS
+    act = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[activation]
+    weights = [t for t in (w.in_proj_weight, w.k_proj_weight, w.v_proj_weight) if t is not None]
+    biases = [
+        x.new_zeros(len(of)) if t is None else t
+        for t, of in zip((w.in_proj_bias, w.k_proj_bias, w.v_proj_bias), weights, strict=False)
+    ]
 
     def attend(x):
-        q, k, v = (
-            t.view(b, n, HEADS, e // HEADS).transpose(1, 2)
-            for t in F.linear(x, w.in_proj_weight, w.in_proj_bias).chunk(3, -1)
-        )
-        mask = None if attn_mask is None else attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
-        return F.linear(out.transpose(1, 2).reshape(b, n, e), w.out_proj_weight, w.out_proj_bias)
+        rows = F.linear(x, torch.cat(weights), torch.cat(biases)).view(b, n, -1, d).transpose(1, 2)
+        others = (rows.shape[1] - HEADS) // 2
+        q, k, v = rows.split((HEADS, others, others), 1)
+        if rotary is not None:
+            cos, sin = (torch.cat((t, t), -1).to(x.dtype) for t in rotary)
+            q, k = (t * cos + torch.cat((-t[..., d // 2 :], t[..., : d // 2]), -1) * sin for t in (q, k))
+        k, v = (t.repeat_interleave(HEADS // others, 1) for t in (k, v))
+        added, seen = torch.zeros(n, n, dtype=x.dtype, device=x.device), None
+        distance = torch.arange(n, device=x.device)[None] - torch.arange(n, device=x.device)[:, None]
+        if relative_bias is not None:
+            reach = relative_bias.shape[1] // 2
+            added = added + relative_bias.to(x.dtype)[:, distance.clamp(-reach, reach) + reach]
+        seen = distance <= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)
+        if window is not None:
+            seen = seen & (distance >= -window[0]) & (distance <= window[1])
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            seen = seen & attn_mask
+        elif attn_mask is not None:
+            added = added + attn_mask.to(x.dtype)
+        added = added.masked_fill(~seen, float("-inf"))
+        if softcap is None:
+            out = F.scaled_dot_product_attention(q, k, v, added, scale=scale)
+        else:
+            scores = q @ k.transpose(2, 3) * (d**-0.5 if scale is None else scale)
+            out = (softcap * torch.tanh(scores / softcap) + added).softmax(-1) @ v
+        return F.linear(out.transpose(1, 2).reshape(b, n, -1), w.out_proj_weight, w.out_proj_bias)
 
     def feed_forward(x):
-        return F.linear(act(F.linear(x, w.weight1, w.bias1)), w.weight2, w.bias2)
+        hidden = F.linear(x, w.weight1, w.bias1)
+        gate, up = hidden, None
+        if w.up_weight is not None:
+            up = F.linear(x, w.up_weight, w.up_bias)
+        elif gated:
+            gate, up = hidden.chunk(2, -1)
+        hidden = act(gate) if up is None else act(gate) * up
+        return F.linear(hidden, w.weight2, w.bias2)
 
-    def norm1(x):
-        return F.layer_norm(x, (e,), w.norm1_weight, w.norm1_bias, eps1)
+    def normed(x, weight, bias, eps):
+        if norm == "layer":
+            return F.layer_norm(x, (e,), weight, bias, eps)
+        out = F.rms_norm(x, (e,), weight, eps)
+        return out if bias is None else out + bias
 
-    def norm2(x):
-        return F.layer_norm(x, (e,), w.norm2_weight, w.norm2_bias, eps2)
-
+    of1, of2 = (w.norm1_weight, w.norm1_bias, eps1), (w.norm2_weight, w.norm2_bias, eps2)
     if norm_first:
-        x = x + attend(norm1(x))
-        x = x + feed_forward(norm2(x))
+        x = x + attend(x if no_norm1 else normed(x, *of1))
+        x = x + feed_forward(normed(x, *of2))
     else:
-        x = norm1(x + attend(x))
-        x = norm2(x + feed_forward(x))
+        x = normed(x + attend(x), *of1)
+        x = normed(x + feed_forward(x), *of2)
     return x if batch_first else x.transpose(0, 1)
 
 
@@ -124,6 +182,114 @@ def test_option(device, case, norm_first):
     hold(src[:1, :1] if case == "one token" else src, weights, torch.float32, norm_first=norm_first, **options)
 
 
+FORMS = {
+    "rms": (lambda w: w._replace(norm1_bias=None, norm2_bias=None), {"norm": "rms"}),
+    "gated": (gated, {"gated": True, "activation": "silu"}),
+    "gate and up apart": (lambda w: gated(w, True), {"gated": True}),
+    "gate and up together": (lambda w: gated(w, True, True), {"gated": True}),
+    "query, key and value together": (lambda w: separate(w, True), {}),
+    "query, key and value apart": (lambda w: separate(w, False), {}),
+    "no bias of the key": (lambda w: separate(w, False)._replace(k_proj_bias=None), {}),
+    "fewer heads of key and value": (lambda w: separate(w, False, 1), {}),
+    "fewer heads in one weight": (
+        lambda w: w._replace(in_proj_weight=w.in_proj_weight[:80], in_proj_bias=w.in_proj_bias[:80]), {},
+    ),
+    "rotary": (lambda w: w, {"rotary": rotary_tables(35, 16)}),
+    "rotary, fewer heads": (lambda w: separate(w, False, 1), {"rotary": rotary_tables(35, 16)}),
+    "window": (lambda w: w, {"window": (4, 7)}),
+    "softcap and scale": (lambda w: w, {"softcap": 1.5, "scale": 0.4}),
+    "relative bias": (lambda w: w, {"relative_bias": torch.linspace(-2, 2, HEADS * 13).view(HEADS, 13)}),
+    "recompute": (lambda w: w, {"recompute": True}),
+    "recompute gated": (gated, {"gated": True, "recompute": True}),
+    "norms without parameters": (
+        lambda w: w._replace(norm1_weight=None, norm1_bias=None, norm2_weight=None, norm2_bias=None), {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize("form", FORMS)
+def test_form(device, backend, form, norm_first):
+    change, options = FORMS[form]
+    src, weights = tensors((2, 35, 48), device=device)
+    of_layer = change(weights)
+    placed = {
+        name: tuple(t.to(device) for t in value) if name == "rotary" else value.to(device)
+        if isinstance(value, torch.Tensor) else value
+        for name, value in options.items()
+    }  # fmt: skip
+    if "together" in form:
+        # Gradients of leaves that share a storage: the contract's copies would not, so the layer is given views.
+        hold_together(src, weights, form, norm_first, placed)
+    else:
+        hold(src, of_layer, torch.float32, norm_first=norm_first, **placed)
+    assert last_backend() == backend
+
+
+def hold_together(src, weights, form, norm_first, options):
+    """Weights that lie together against the same weights apart."""
+    change, _ = FORMS[form]
+    given, join = split(change(weights))
+    results = []
+    for copied in (True, False):
+        leaves = [(t.clone() if copied else t.detach()).requires_grad_() for t in given]
+        out = encoder_layer(src, join(leaves), HEADS, norm_first=norm_first, **options)
+        results.append(output_and_gradients(out, leaves))
+    assert_same(results[1], results[0], SAME_ALGORITHM)
+
+
+def test_the_first_layer_without_a_norm(device):
+    src, weights = tensors((2, 35, 48), device=device)
+    weights = weights._replace(norm1_weight=None, norm1_bias=None)
+    hold(src, weights, torch.float32, norm_first=True, no_norm1=True)
+
+
+@pytest.mark.parametrize("form", ["rotary", "window", "relative bias", "fewer heads of key and value"])
+def test_packed_form(device, form):
+    change, options = FORMS[form]
+    src, weights = tensors((70, 48), device=device)
+    starts = torch.tensor([0, 33, 33, 70], device=device)
+    if form == "rotary":
+        positions = torch.cat([torch.arange(33), torch.arange(37)]).clamp(max=34)
+        options = {"rotary": tuple(t[positions].to(device) for t in options["rotary"])}
+    elif form == "relative bias":
+        options = {"relative_bias": options["relative_bias"].to(device)}
+    options = options | {"cu_seqlens": starts, "max_seqlen": 37}
+    chain, one = chain_and_one(src, change(weights), **options)
+    assert_same(one, chain, SAME_ALGORITHM)
+
+
+def test_modules_in_the_place_of_products(device):
+    src, weights = tensors((2, 9, 48), device=device)
+    expected = encoder_layer(src, weights, HEADS)
+    pairs = {
+        "in_proj": (weights.in_proj_weight, weights.in_proj_bias), "weight1": (weights.weight1, weights.bias1),
+        "out_proj": (weights.out_proj_weight, weights.out_proj_bias), "weight2": (weights.weight2, weights.bias2),
+    }  # fmt: skip
+    for name, pair in pairs.items():
+        calls = []
+        module = {name: lambda x, pair=pair, calls=calls: calls.append(1) or F.linear(x, *pair)}
+        out = encoder_layer(src, weights, HEADS, modules=module)
+        torch.testing.assert_close(out, expected, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+        assert calls == [1]
+
+
+def test_recompute_keeps_less():
+    """In units of tokens x width: 16.1 are kept, and with `recompute` 12.1."""
+    kept = []
+    src, weights = tensors((2, 64, 48), hidden=192)
+    leaves = [src.requires_grad_(), *[t.requires_grad_() for t in weights if t is not None]]
+    own = {t.untyped_storage().data_ptr() for t in leaves[1:]}
+    for recompute in (False, True):
+        seen = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, seen=seen: seen.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+        ):
+            encoder_layer(leaves[0], LayerWeights(*leaves[1:]), HEADS, recompute=recompute)
+        kept.append(sum(t.untyped_storage().nbytes() for at, t in seen.items() if at not in own) / src.nbytes)
+    assert kept[1] <= kept[0] - 3.9
+
+
 def chain_and_one(src, weights, backend="auto", **options):
     """Results and gradients of the chain on eager PyTorch and of the one call, with the same dropout."""
     given, join = split(weights)
@@ -133,7 +299,7 @@ def chain_and_one(src, weights, backend="auto", **options):
         torch.manual_seed(5)
         with use_backend(used), pytest.MonkeyPatch.context() as patch:
             if chained:
-                patch.setattr(ENCODER_LAYER, "instead", lambda tensors, numbers, autocast: op.chained(numbers))
+                patch.setattr(ENCODER_LAYER, "instead", lambda tensors, numbers, autocast: op.by_parts(numbers))
             plan.forget()
             out = encoder_layer(leaves[0], join(leaves[1:]), HEADS, **options)
             results.append(output_and_gradients(out, leaves))
@@ -151,23 +317,6 @@ def test_dropout_is_that_of_the_chain(device, norm_first):
     for place in options:
         chain, one = chain_and_one(src, weights, norm_first=norm_first, **{place: 0.3})
         assert_same(one, chain, SAME_ALGORITHM)
-
-
-@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
-@pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "length first"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_the_eager_layer_is_the_eager_chain(norm_first, batch_first, dtype):
-    src, weights = tensors((2, 7, 48) if batch_first else (7, 2, 48))
-    src, weights = src.to(dtype), LayerWeights(*(t.to(dtype) for t in weights))
-    options = {"attn_dropout_p": 0.3, "dropout1_p": 0.2, "dropout_p": 0.4, "dropout2_p": 0.1}
-    options |= {"norm_first": norm_first, "batch_first": batch_first, "backend": "eager"}
-    tolerance = {torch.float64: SAME_ALGORITHM_64, torch.float32: SAME_ALGORITHM}.get(dtype, 16 * HALF_PRECISION)
-    for case in ({}, {"is_causal": True}, {"attn_mask": torch.rand(7, 7, generator=torch.manual_seed(0)) > 0.3}):
-        chain, one = chain_and_one(src, weights, **options, **case)
-        assert_same(one, chain, tolerance)
-    for place in ("attn_dropout_p", "dropout1_p", "dropout_p", "dropout2_p"):
-        chain, one = chain_and_one(src, weights, **options | {place: 0.0})
-        assert_same(one, chain, tolerance)
 
 
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
@@ -221,7 +370,8 @@ def test_only_some_inputs_need_gradients(device, norm_first, wanted):
 
 def test_two_runs_give_the_same_bits(device):
     src, weights = tensors((3, 70, 48), device=device)
-    runs = [chain_and_one(src.half(), LayerWeights(*(t.half() for t in weights)))[1] for _ in range(2)]
+    weights = LayerWeights(*(t if t is None else t.half() for t in weights))
+    runs = [chain_and_one(src.half(), weights)[1] for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

@@ -1,0 +1,267 @@
+"""A layer of a family on `kernels.encoder_layer`: an adapter says where its weights and its options are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+from .. import kernels
+from ..kernels.attention.eager import MAX_HEAD_DIM
+from ..modules import has_hooks, why_not_plain
+from .calls import Call, asks_for_more, by_name, require_known, serves
+from .stock import CAPTURE
+
+ACTIVATIONS = {
+    type(ACT2FN[theirs]): ours
+    for theirs, ours in (
+        ("gelu", "gelu"), ("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu", "relu"),
+        ("quick_gelu", "quick_gelu"), ("silu", "silu"), ("swish", "silu"), ("relu2", "relu2"),
+    )
+    if theirs in ACT2FN
+}  # fmt: skip
+"""The kernels' name of an activation module of transformers."""
+
+IMPLEMENTATIONS = frozenset({"eager", "sdpa", "fusenc", "fusenc_flash"})
+"""Implementations of attention that the fused forwards stand in for; others may compute something else."""
+
+_NORMS = ("norm1", "norm2")
+_FIELDS = {
+    name: (f"{name}_weight", f"{name}_bias") for name in ("in_proj", "k_proj", "v_proj", "out_proj", "up", *_NORMS)
+} | {"weight1": ("weight1", "bias1"), "weight2": ("weight2", "bias2")}
+"""The fields of `kernels.LayerWeights` by the names that adapters use."""
+
+
+class Adapter:
+    """What `FusedLayer` needs to know of a family's layers; a family has a subclass, each of its layer classes one
+    instance."""
+
+    weights: Mapping[str, str]
+    """Where the modules are whose parameters `kernels.LayerWeights` lists, as paths within a layer: by ``"in_proj"``
+    (query, key and value, or with ``"k_proj"`` and ``"v_proj"`` the query), ``"out_proj"``, ``"weight1"`` (beside
+    ``"up"`` the gate), ``"weight2"``, ``"norm1"``, ``"norm2"``."""
+    attention: str
+    """Path of the module that attends."""
+    dropouts: tuple[str, ...] = ()
+    """Paths of dropout modules."""
+    served: frozenset[str] = frozenset({"hidden_states", "attention_mask"})
+    """Arguments of the stock forward that the fused one serves."""
+
+    def __init__(self, parts: Mapping[str, type], norm: type = nn.LayerNorm) -> None:
+        self.parts, self.norm = parts, norm
+        """The family's own classes of the parts that are stood in for, by path, and of its norms."""
+
+    def weights_of(self, layer: Any) -> Mapping[str, str]:
+        """`weights` of this layer, where not all are alike."""
+        return self.weights
+
+    def options_of(self, layer: Any) -> dict[str, Any]:
+        """The options of `kernels.encoder_layer` that follow from a layer, ``nhead`` aside."""
+        raise NotImplementedError
+
+    def options_of_call(self, layer: Any, x: Tensor, given: dict[str, Any], call: Call | None) -> dict[str, Any]:
+        """Those that follow from a call."""
+        if call is not None and call.packing is not None:
+            return {"is_causal": call.is_causal}
+        mask = given.get("attention_mask")
+        return {"attn_mask": mask, "is_causal": causal_without_mask(at(layer, self.attention), mask, given)}
+
+    def head_dim_of(self, layer: Any) -> int:
+        """Size of a head."""
+        return at(layer, self.attention).head_dim  # type: ignore[no-any-return]
+
+    def serves(self, layer: Any, given: dict[str, Any]) -> bool:
+        """Whether a call that no encoder has looked at can be served, beyond what holds for all families."""
+        return True
+
+    def results(self, out: Tensor, given: dict[str, Any]) -> Any:
+        """What the stock layer returns."""
+        return out
+
+    def run(self, layer: Any, x: Tensor, options: dict[str, Any]) -> Tensor:
+        """A layer on the kernels, adapters in the place of products."""
+        weights, modules = parameters(layer, self.weights_of(layer))
+        nhead = weights.out_proj_weight.shape[1] // self.head_dim_of(layer)
+        return kernels.encoder_layer(x, weights, nhead, modules=modules, **options)
+
+    def why_not_fused(self, layer: Any) -> str:
+        """Why a layer cannot run fused, or ""."""
+        return self.why_not_parts(layer) or self.why_not_more(layer) or self._why_not_weights(layer)
+
+    def why_not_parts(self, layer: Any) -> str:
+        """Why the parts that the family declares are not those."""
+        return why_not_plain(((path, at(layer, path), kind) for path, kind in self.parts.items()), except_of=CAPTURE)
+
+    def why_not_more(self, layer: Any) -> str:
+        """Reasons of the family's own."""
+        return ""
+
+    def _why_not_weights(self, layer: Any) -> str:
+        """Why its attention or a module with weights is not one that can be stood in for."""
+        places = self.weights_of(layer)
+        config = getattr(at(layer, self.attention), "config", None)  # MPNet's has none: its attention has one way
+        if config is not None and config._attn_implementation not in IMPLEMENTATIONS:
+            return f"attention implementation {config._attn_implementation} is not fused"
+        if self.head_dim_of(layer) > MAX_HEAD_DIM:
+            return f"the head size is above {MAX_HEAD_DIM}"
+        return why_not_linear((path, at(layer, path)) for name, path in places.items() if name not in _NORMS) or (
+            why_not_plain([
+                *((places[name], at(layer, places[name]), self.norm) for name in _NORMS if name in places),
+                *((path, at(layer, path), nn.Dropout) for path in self.dropouts),
+            ])
+        )  # fmt: skip
+
+
+class FusedLayer(nn.Module):
+    """An encoder layer on the fused kernels; mixed into a subclass of the family's own."""
+
+    adapter: ClassVar[Adapter]
+
+    @classmethod
+    def why_not_fused(cls, layer: Any) -> str:
+        """Why a layer cannot run fused, or ""."""
+        return cls.adapter.why_not_fused(layer)
+
+    def forward(self, *args: Any, call: Call | None = None, **kwargs: Any) -> Any:
+        """As the family's own layer; with a `call` of an encoder that leaves padding out the result is packed, ``[T,
+        width]``."""
+        given, adapter = by_name(self, args, kwargs), self.adapter
+        x: Any = given.get("hidden_states")
+        if call is None and (
+            asks_for_more(given, adapter.served)
+            or not serves(x, given.get("attention_mask"), at(self, adapter.weights["norm2"]).weight)
+            or not adapter.serves(self, given)
+            or adapter.why_not_fused(self)
+        ):
+            require_known(given, getattr(at(self, adapter.attention), "config", None))
+            return super().forward(**given)
+        options, packing = adapter.options_of(self), None if call is None else call.packing
+        if packing is not None:
+            x = packing.pack(x) if x.dim() == 3 else x
+            options["cu_seqlens"], options["max_seqlen"] = packing.cu_seqlens, packing.max_length
+        options |= adapter.options_of_call(self, x, given, call)
+        return adapter.results(adapter.run(self, x, options), given)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        out = super()._apply(*args, **kwargs)
+        lay_together(self)
+        return out
+
+
+def parameters(layer: Any, places: Mapping[str, str]) -> tuple[kernels.LayerWeights, dict[str, Any]]:
+    """The parameters at these places, and the modules that are called instead of multiplying by one."""
+    found: dict[str, Any] = dict.fromkeys(kernels.LayerWeights._fields)
+    modules = {}
+    for name, path in places.items():
+        module = at(layer, path)
+        weight, bias = _FIELDS[name]
+        own = module.__dict__["_parameters"]
+        if "weight" not in own or (name not in _NORMS and type(module) not in (nn.Linear, Conv1D)):
+            modules[name] = module
+            own = {"weight": module.weight, "bias": module.bias}
+        found[weight] = own["weight"].t() if is_transposed(module) else own["weight"]
+        found[bias] = own.get("bias")
+    return kernels.LayerWeights(**found), modules
+
+
+def is_transposed(module: Any) -> bool:
+    """True for a linear layer that keeps its weight the other way round, and for an adapter around one."""
+    return type(module) is Conv1D or (is_lora(module) and type(module.base_layer) is Conv1D)
+
+
+def at(module: Any, path: str) -> Any:
+    """The submodule of a path."""
+    for name in path.split("."):
+        module = module.__dict__["_modules"][name]
+    return module
+
+
+def why_not_linear(modules: Iterable[tuple[str, nn.Module]]) -> str:
+    """Why these modules, which a fused forward stands in for or calls, are no linear layers of single tokens, or "".
+
+    That is `nn.Linear`, transformers' `Conv1D`, or peft's plain LoRA around one: what they give for a token depends on
+    that token alone.
+    """
+    for name, module in modules:
+        kind = type(module)
+        if kind is nn.Linear or kind is Conv1D:
+            hooked = has_hooks(module)
+        elif is_lora(module):
+            hooked = any(has_hooks(part) for part in module.modules())
+        else:
+            return f"{name} is a {kind.__module__}.{kind.__qualname__}, not an nn.Linear"
+        if hooked:
+            return f"{name} has hooks or a forward of its own"
+    return ""
+
+
+def is_lora(module: Any) -> bool:
+    """True for peft's LoRA around a linear layer, without one of the variants that replace its formula."""
+    kind = type(module)
+    return kind.__module__ == "peft.tuners.lora.layer" and kind.__qualname__ == "Linear" and not module.lora_variant
+
+
+def activation(module: Any) -> Any:
+    """The kernels' name of an activation, or the activation itself."""
+    return ACTIVATIONS.get(type(module), module)
+
+
+def rate(layer: Any, path: str) -> float:
+    """The rate of a dropout module, 0 in evaluation."""
+    dropout = at(layer, path)
+    return dropout.p if dropout.training else 0.0  # type: ignore[no-any-return]
+
+
+def causal_without_mask(attention: Any, attention_mask: Tensor | None, given: dict[str, Any]) -> bool:
+    """Whether the stock attention would be causal: without a mask that is, and by its own word or that of the call."""
+    config = getattr(attention, "config", None)
+    if attention_mask is not None or config is None or config._attn_implementation == "eager":
+        return False
+    asked = given.get("is_causal")
+    return bool(getattr(attention, "is_causal", True) if asked is None else asked)
+
+
+_GROUPS = (("in_proj", "k_proj", "v_proj"), ("weight1", "up"))
+
+
+def lay_together(layer: Any) -> None:
+    """Let the weights of query, key and value lie one behind the other in one storage, so that one product does for
+    them, and those of a gate and what it gates; likewise their biases.
+
+    The parameters stay the same objects: only their data move. Left as they are: parameters that are no plain tensors,
+    or share their memory with others.
+    """
+    if not isinstance(layer, FusedLayer):
+        return
+    places = layer.adapter.weights_of(layer)
+    for group in _GROUPS:
+        modules = [at(layer, places[name]) for name in group if name in places]
+        if len(modules) != len(group) or any(type(module) is not nn.Linear for module in modules):
+            continue
+        for name in ("weight", "bias"):
+            _lay_together([module._parameters.get(name) for module in modules])
+
+
+def _lay_together(tensors: list[Any]) -> None:
+    if any(type(t) is not nn.Parameter or type(t.data) is not Tensor for t in tensors):
+        return
+    if torch.is_inference_mode_enabled():
+        return
+    first = tensors[0]
+    for t in tensors:
+        if t.dtype != first.dtype or t.device != first.device or t.device.type == "meta" or not t.is_contiguous():
+            return
+        if t.is_inference() or t.untyped_storage().nbytes() != t.numel() * t.element_size() or _is_shared(t):
+            return  # also where they lie together already
+    with torch.no_grad():
+        whole = torch.cat([t.detach() for t in tensors])
+        for t, part in zip(tensors, whole.split([t.shape[0] for t in tensors]), strict=True):
+            t.data = part
+
+
+def _is_shared(t: Tensor) -> bool:
+    return t.is_cpu and t.is_shared()  # of a GPU's torch says so always
