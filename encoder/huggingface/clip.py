@@ -1,4 +1,4 @@
-"""CLIP: the layers of both towers, and the encoder, which leaves the padding of texts out on the CPU."""
+"""CLIP: the layers of both towers, and the encoder, which leaves the padding of texts out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _FusedEncoder(PaddingFreeStates):
     layer_list = "layers"
     served = frozenset({"inputs_embeds", "attention_mask", "is_causal"})
 
-    def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> Tensor | None:
+    def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...] | None:
         batch, length = inputs.shape[:2]
         if attention_mask.shape != (batch, 1, length, length):
             return None
@@ -41,7 +41,7 @@ class _FusedEncoder(PaddingFreeStates):
         causal = keep[:, None].expand(-1, length, -1).tril()
         if dtype != torch.bool:  # as eager attention adds it to the scores
             causal = torch.where(causal, 0.0, torch.finfo(dtype).min).to(dtype)
-        return keep if torch.equal(attention_mask[:, 0], causal) else None
+        return keep, (attention_mask[:, 0] == causal).all()
 
     def _asks_for_more(self, given: dict[str, Any]) -> bool:
         return not given.get("is_causal") or super()._asks_for_more(given)

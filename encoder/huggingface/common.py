@@ -14,6 +14,7 @@ from .. import kernels
 from ..kernels.attention.eager import MAX_HEAD_DIM
 from ..modules import has_hooks
 from ..packing import PaddedPacking, attend
+from ..padding import RealTokens, may_remove, real_tokens, require_setting
 from .stock import CAPTURE, collected
 
 ACTIVATIONS = {
@@ -166,15 +167,6 @@ def feed_forward(
     return out if residual is None else residual + out
 
 
-def may_pack(t: Tensor) -> bool:
-    """Whether padding can be left out of a call on a tensor like this one.
-
-    On a GPU the number of tokens would have to be waited for; a compiled graph would keep this batch's.
-    """
-    # A tensor that stands for a GPU's where there is none (CONTRIBUTING.md) says yes to both.
-    return t.is_cpu and not t.is_cuda and not torch.compiler.is_compiling()
-
-
 def all_fused(layers: Iterable[Any], kind: Any) -> bool:
     """True if each of the layers runs fused: a hook would find packed tokens, an unfused layer could not read them."""
     return all(
@@ -193,11 +185,12 @@ def why_a_layer_is_not_fused(layers: Iterable[Any], kind: Any) -> str:
 
 
 class PaddingFree(nn.Module):
-    """An encoder that leaves padding out on the CPU; mixed into a subclass of the family's own. It is given ids or
-    embeddings and a mask ``[B, L]``. Its fused layers take a `packing`, which the stock forward hands on to them: the
-    first one packs.
+    """An encoder that leaves padding out; mixed into a subclass of the family's own. It is given ids or embeddings and
+    a mask ``[B, L]``. Its fused layers take a `packing`, which the stock forward hands on to them: the first one packs.
     """
 
+    padding: str = "auto"
+    """"auto", "remove" or "keep"; `fuse` sets it."""
     layer_list: ClassVar[str]
     """Name of the list of layers."""
     fused_layer: ClassVar[type]
@@ -218,6 +211,7 @@ class PaddingFree(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the family's own encoder; hidden states at padded positions may come back as 0."""
+        require_setting(self.padding)
         given = by_name(self, args, kwargs)
         found = (given.get(name) for name in ("hidden_states", "input_ids", "inputs_embeds"))
         inputs = next((t for t in found if t is not None), None)
@@ -242,25 +236,34 @@ class PaddingFree(nn.Module):
 
     def _plan(self, inputs: Tensor, attention_mask: Any) -> tuple[Any, dict[str, Any]] | None:
         """The mask and further arguments of the stock forward if all layers run fused; None to call it as it is."""
-        keep = self._padding(inputs, attention_mask)
-        return None if keep is None else (None, {"packing": PaddedPacking(keep)})
+        tokens = self._padding(inputs, attention_mask)
+        return None if tokens is None else (None, {"packing": PaddedPacking(tokens)})
 
-    def _padding(self, inputs: Tensor, attention_mask: Any) -> Tensor | None:
-        """Which tokens are real, bool ``[B, L]``, if this call can and should leave the others out, else None."""
-        if not isinstance(attention_mask, Tensor) or not may_pack(inputs):
+    def _padding(self, inputs: Tensor, attention_mask: Any) -> RealTokens | None:
+        """The real tokens, if this call can and should leave the others out, else None. A GPU is waited for once."""
+        if not isinstance(attention_mask, Tensor) or not may_remove(self.padding, inputs, attention_mask):
             return None
-        keep = self._real_tokens(inputs, attention_mask)
-        if keep is None or keep.all():
+        found = self._real_tokens(inputs, attention_mask)
+        if found is None:
             return None
+        keep, *conditions = found
         if self.by_distance:
-            begins = keep[:, 0] + (keep[:, 1:] & ~keep[:, :-1]).sum(1)
-            if (begins > 1).any():
-                return None
-        return keep
+            conditions.append((keep[:, 0] + (keep[:, 1:] & ~keep[:, :-1]).sum(1) <= 1).all())
+        layers = list(self.layers_of(self))
+        weights = [p for p in layers[0].parameters() if p.dim() == 2] if layers else []
+        if not weights:
+            return None
+        # ALBERT's layers run several times.
+        num_layers = max(len(layers), getattr(getattr(self, "config", None), "num_hidden_layers", 0))
+        return real_tokens(
+            self.padding, keep, weights[0], products=sum(weight.numel() for weight in weights), num_layers=num_layers,
+            conditions=conditions,
+        )  # fmt: skip
 
-    def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> Tensor | None:
-        """Which tokens a mask calls real, bool ``[B, L]``; None if it says anything else."""
-        return attention_mask.bool() if attention_mask.shape == inputs.shape[:2] else None
+    def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...] | None:
+        """Which tokens a mask calls real, bool ``[B, L]``, and conditions: bool tensors of one element that are True if
+        it says nothing else. None if it certainly does."""
+        return (attention_mask.bool(),) if attention_mask.shape == inputs.shape[:2] else None
 
     def _asks_for_more(self, given: dict[str, Any]) -> bool:
         """True if the call asks for hidden states or attentions, or for something unknown."""
@@ -281,21 +284,20 @@ class PaddingFreeStates(PaddingFree):
     layer_list = "layer"
     served = frozenset({"hidden_states", "attention_mask"})
 
-    def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> Tensor | None:
+    def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...] | None:
         batch, length = inputs.shape[:2]
         if attention_mask.shape not in ((batch, 1, length, length), (batch, 1, 1, length)):
             return None
-        mask = attention_mask[:, 0]
+        mask, conditions = attention_mask[:, 0], []
         of_first_query = mask[:, 0]
         if mask.dtype == torch.bool:
             keep = of_first_query
         else:  # as eager attention adds it to the scores
             keep = of_first_query == 0
-            if not (of_first_query == torch.where(keep, 0.0, torch.finfo(mask.dtype).min)).all():
-                return None
-        if mask.stride(1) != 0 and not (mask == of_first_query[:, None]).all():
-            return None  # more than a padding mask
-        return keep
+            conditions.append((keep | (of_first_query == torch.finfo(mask.dtype).min)).all())
+        if mask.stride(1) != 0:
+            conditions.append((mask == of_first_query[:, None]).all())
+        return keep, *conditions
 
     def _asks_for_more(self, given: dict[str, Any]) -> bool:
         return super()._asks_for_more(given) or bool(collected())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..modules import why_not_plain
 from ..packing import PaddedPacking
+from ..padding import RealTokens
 from .common import (
     PaddingFree,
     asks_for_more,
@@ -43,8 +44,8 @@ _MODEL = {
 class _Packing(PaddedPacking):
     """Where the real tokens are, and what layers of one kind share: rotary tables, and the band of a window."""
 
-    def __init__(self, keep: Tensor) -> None:
-        super().__init__(keep)
+    def __init__(self, tokens: RealTokens) -> None:
+        super().__init__(tokens)
         self._tables: dict[str, tuple[Tensor, Tensor]] = {}
         self._bands: dict[int, Tensor] = {}
 
@@ -56,14 +57,17 @@ class _Packing(PaddedPacking):
             self._tables[kind] = cos, sin
         return self._tables[kind]
 
-    def band(self, reach: int) -> Tensor | None:
-        """Which keys are no farther than `reach` tokens from a query, bool ``[L, L]``; None if all are."""
+    def local(self, reach: int) -> dict[str, Any]:
+        """Options of `attend` for keys no farther than `reach` tokens from a query: for the kernels a window, for eager
+        attention, which is faster with a mask, a band ``[L, L]``."""
         if self.max_length <= reach + 1:
-            return None
+            return {}
+        if self.indices.is_cuda:
+            return {"window": (reach, reach)}
         if reach not in self._bands:
-            every = torch.ones(self.max_length, self.max_length, dtype=torch.bool)
+            every = torch.ones(self.max_length, self.max_length, dtype=torch.bool, device=self.indices.device)
             self._bands[reach] = every.tril(reach).triu(-reach)
-        return self._bands[reach]
+        return {"attn_mask": self._bands[reach]}
 
 
 class _FusedLayer(nn.Module):
@@ -124,8 +128,8 @@ class _FusedLayer(nn.Module):
         reach = None if attn.sliding_window is None else attn.sliding_window - 1
         if packing is not None:
             query, key = kernels.rotary(query, key, *packing.tables(self.attention_type, position_embeddings))
-            band = None if reach is None else packing.band(reach)
-            attended = packing.attend(query, key, value, attn_mask=band, dropout_p=dropout_p)
+            local = {} if reach is None else packing.local(reach)
+            attended = packing.attend(query, key, value, dropout_p=dropout_p, **local)
         else:
             query, key = kernels.rotary(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
             window = (reach, reach) if windowed and reach is not None else None
@@ -157,9 +161,9 @@ class _FusedModel(PaddingFree):
             isinstance(attention_mask, Tensor) and attention_mask.shape == inputs.shape[:2]
         ):
             return None
-        keep = self._padding(inputs, attention_mask)
-        if keep is not None:
-            return _for_all(None), {"packing": _Packing(keep)}
+        tokens = self._padding(inputs, attention_mask)
+        if tokens is not None:
+            return _for_all(None), {"packing": _Packing(tokens)}
         if not inputs.is_cuda:  # elsewhere torch's attention is faster with a mask than ours with a window
             return None
         return _for_all(None if attention_mask is None else attention_mask.bool()[:, None, None]), {"windowed": True}

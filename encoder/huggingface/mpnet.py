@@ -64,11 +64,11 @@ class _FusedLayer(PostNormLayer):
         ):
             return super(PostNormLayer, self).forward(**given)
         options: dict[str, Tensor | None]
-        if packing is not None:
+        if relative_bias is not None:
+            options = {"attn_mask": attention_mask, "relative_bias": relative_bias}
+        elif packing is not None:
             assert position_bias is not None
             options = {"attn_mask": position_bias[..., : packing.max_length, : packing.max_length]}
-        elif relative_bias is not None:
-            options = {"attn_mask": attention_mask, "relative_bias": relative_bias}
         elif position_bias is None or attention_mask is None:
             options = {"attn_mask": position_bias if attention_mask is None else attention_mask}
         else:
@@ -84,10 +84,13 @@ class _FusedEncoder(PaddingFreeStates):
     def _plan(self, inputs: Tensor, attention_mask: Any) -> tuple[Any, dict[str, Any]] | None:
         if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:
             return None
+        plan = super()._plan(inputs, attention_mask)
         table: Any = self._modules["relative_attention_bias"].weight  # type: ignore[union-attr]
         if would_use_triton(inputs) and table.shape[0] >= _BUCKETS:
-            return attention_mask, {"relative_bias": kernels.t5_relative_bias(table[:_BUCKETS], max_distance=_REACH)}
-        return super()._plan(inputs, attention_mask)
+            mask, options = plan or (attention_mask, {})
+            relative_bias = kernels.t5_relative_bias(table[:_BUCKETS], max_distance=_REACH)
+            return mask, {**options, "relative_bias": relative_bias}
+        return plan
 
     def compute_position_bias(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The position bias, ``[1, H, L, L]``: that of one sequence, since all are alike."""

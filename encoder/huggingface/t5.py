@@ -145,7 +145,7 @@ class _FusedBlock(nn.Module):
 
 def _position_bias(module: Any, x: Tensor, packing: PaddedPacking | None, together: bool) -> Tensor:
     """The bias that all blocks share: by distance where kernels read that, else ``[1, H, L, L]``, as torch's do."""
-    if together and packing is None and would_use_triton(x):
+    if together and would_use_triton(x):
         table, reach = module.relative_attention_bias.weight, module.relative_attention_max_distance
         return kernels.t5_relative_bias(table, max_distance=reach)
     length = x.shape[1] if packing is None else packing.max_length
