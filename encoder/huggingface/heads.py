@@ -30,8 +30,10 @@ INDEPENDENT: dict[str, str] = {
     "ForConditionalGeneration": _MASKED,
     "MTModel": _MASKED,
     "TextModel": "the end of the text is pooled",
+    "TextTransformer": "the end of the text is pooled",
     "TextModelWithProjection": "the end of the text is pooled",
     "VisionModel": "images have no padding",
+    "VisionTransformer": "images have no padding",
     "VisionModelWithProjection": "images have no padding",
     "ForImageClassification": "images have no padding",
 }

@@ -85,7 +85,7 @@ def rows_of(lengths: list[int], length: int, device: str = "cpu") -> Tensor:
 class Waits(TorchFunctionMode):
     """Counts the operations for which the host would wait for a GPU."""
 
-    METHODS = frozenset({"tolist", "cpu", "numpy"})
+    METHODS = frozenset({"tolist", "cpu", "numpy", "tensor"})  # torch.tensor copies from memory that is not pinned
     OPERATORS = frozenset({"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim"})
 
     def __init__(self) -> None:
@@ -124,7 +124,8 @@ def by_ttsem() -> bool:
     """True inside a launch that ttsem executes, which reads its tensors on the host."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith("ttsem"):
+        name = frame.f_globals.get("__name__", "")
+        if name.startswith("ttsem") and frame.f_code.co_name != "__torch_function__":  # which sees every operation
             return True
         frame = frame.f_back
     return False
@@ -179,8 +180,8 @@ def test_a_small_batch_is_not_counted_on_a_gpu(device, backend):
     """Where not even removing everything would pay, nothing is waited for."""
     if backend != "triton":
         pytest.skip("a rule of GPUs")
+    keep = rows_of([9, 2], 9, device)
     with Waits() as waits:
-        keep = rows_of([9, 2], 9, device)
         assert real_tokens("auto", keep, keep.float(), products=100, num_layers=2) is None
     assert waits.found == []
 
@@ -483,7 +484,12 @@ def test_heads_learn_what_they_learn_unfused(name, ending, eager_rule, packings)
     """Loss and all gradients on a padded batch with `padding="auto"`; only question answering keeps the padding."""
     model = task(name, ending)
     inputs = task_inputs(model, ending)
-    expected = loss_and_gradients(model, inputs)
+    try:
+        expected = loss_and_gradients(model, inputs)
+    except IndexError:
+        if not older_than("5.23"):
+            raise
+        pytest.skip("the unfused model fails in this transformers")
     report = fusenc.fuse(model)
     got = loss_and_gradients(model, inputs)
     answers = ending == "ForQuestionAnswering"
