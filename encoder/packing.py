@@ -19,6 +19,7 @@ from .kernels import attention, attention_varlen
 from .kernels.attention.eager import require_starts
 from .kernels.attention.op import check_starts
 from .kernels.common import checks
+from .padding import RealTokens
 
 __all__ = ["PackedTokens", "pack", "unpack"]
 
@@ -27,27 +28,32 @@ class PaddedPacking:
     """Where the real tokens of a padded batch lie, there and when packed.
 
     Args:
-        keep: bool ``[B, L]``, True where a token is real. Real tokens may lie anywhere in a row.
+        tokens: bool ``[B, L]``, True where a token is real, or what is known of them. Real tokens may lie anywhere in a
+            row. A GPU is waited for once, unless they are known.
         batch_first: whether padded tensors are ``[B, L, ...]`` or ``[L, B, ...]``.
         sort: pack the longest sequences last, so that those of equal length are neighbours, whose attention eager
             PyTorch computes at once; else in the order of the batch.
     """
 
-    def __init__(self, keep: Tensor, *, batch_first: bool = True, sort: bool = True) -> None:
-        batch, length = keep.shape
-        lengths = keep.sum(1)
+    def __init__(self, tokens: Tensor | RealTokens, *, batch_first: bool = True, sort: bool = True) -> None:
+        known = tokens if isinstance(tokens, RealTokens) else RealTokens.read(tokens)
+        assert known is not None  # there is no condition
+        keep, lengths, counts = known
+        (batch, length), total = keep.shape, sum(counts)
         self.order: Tensor | None = None
         """``[B]``: the row of the batch that each packed sequence is; None: in the order of the batch."""
         if sort:
             self.order = lengths.argsort(stable=True)
             keep, lengths = keep[self.order], lengths[self.order]
-        row, position = keep.nonzero(as_tuple=True)
+        # Real token n is where the running number of real tokens reaches n; nonzero would wait for a GPU.
+        ordinals = torch.arange(1, total + 1, device=keep.device)
+        found = torch.searchsorted(keep.flatten().cumsum(0), ordinals)
+        row, position = found // max(length, 1), found % max(length, 1)
         row = row if self.order is None else self.order[row]
         self.indices = row * length + position if batch_first else position * batch + row
         """``[T]``: where in the flattened padded batch each packed token lies."""
         self.shape, self.batch_first = (batch, length) if batch_first else (length, batch), batch_first
-        counts = lengths.tolist()
-        self.cu_seqlens = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=keep.device)
+        self.cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         self.max_length: int = max(counts, default=0)
 
     @classmethod
@@ -86,16 +92,18 @@ class PaddedPacking:
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False,
-        dropout_p: float = 0.0, scale: float | None = None,
+        dropout_p: float = 0.0, scale: float | None = None, window: tuple[int, int] | None = None,
+        relative_bias: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Attention inside each sequence; ``[T, H, D]`` each, as is the result.
 
-        `attn_mask` is that of `attention_varlen`, indexed by positions inside each sequence.
+        The options are those of `attention_varlen`; `attn_mask` is indexed by positions inside each sequence.
         """
         starts, longest = self.cu_seqlens, self.max_length
         out = attention_varlen(
-            query, key, value, starts, starts, longest, longest, attn_mask, dropout_p, is_causal, scale
-        )
+            query, key, value, starts, starts, longest, longest, attn_mask, dropout_p, is_causal, scale,
+            window=window, relative_bias=relative_bias,
+        )  # fmt: skip
         assert isinstance(out, Tensor)
         return out
 

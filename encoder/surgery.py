@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from .multihead_attention import MultiheadAttention
+from .padding import require_setting
 from .transformer import Transformer, TransformerDecoder
 from .transformer_decoder_layer import TransformerDecoderLayer
 from .transformer_encoder import TransformerEncoder
@@ -36,34 +37,44 @@ class FuseReport:
     """Path to the name of the class that runs there now."""
     left: dict[str, str] = field(default_factory=dict)
     """Path to the reason why a layer stays as it was ("" is the path of the model itself)."""
+    padding: dict[str, str] = field(default_factory=dict)
+    """Path of a fused encoder to the reason why it keeps padding although `padding` is "auto"."""
 
     def __str__(self) -> str:
         fused, left = (len(paths) or "nothing" for paths in (self.fused, self.left))
         lines = [f"fused: {fused}", *_grouped(self.fused), f"left as it was: {left}", *_grouped(self.left)]
+        if self.padding:
+            lines += [f"padding kept: {len(self.padding)}", *_grouped(self.padding)]
         return "\n".join(lines)
 
 
-def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
+def fuse(model: nn.Module, *, strict: bool = False, padding: str = "auto") -> FuseReport:
     """Run the layers inside `model` on the fused kernels, in place.
 
     Knows `nn.TransformerEncoder`, `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer`, an
     `nn.MultiheadAttention` that is no part of one and, of Hugging Face, BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA,
     DistilBERT, ALBERT, MPNet, ModernBERT, ViT, CLIP, T5's encoder, BART and Marian, wherever they are in the model:
     under a head, in a sentence-transformers model, under peft's adapters (docs/huggingface.md). Parameters, state_dict
-    and `save_pretrained` are untouched. On the CPU encoders also leave padding out: tokens are packed once, run through
-    all layers and are unpacked once, so hidden states at padded positions come back as 0 (unfused they hold values
-    nobody should use).
+    and `save_pretrained` are untouched. Encoders also leave padding out: tokens are packed once, run through all layers
+    and are unpacked once, so hidden states at padded positions come back as 0 (unfused they hold values that nobody
+    should use). On a GPU this waits for the device once in each call with a padding mask.
 
     Args:
         model: any module; it is searched through.
         strict: raise, and change nothing, if anything would be left.
+        padding: "auto": encoders remove padding from batches where that saves time, unless they are inside a Hugging
+            Face model whose results may depend on padded positions, such as one for question answering
+            (`FuseReport.padding`). A module of another class around an encoder is trusted not to read padded
+            positions. "remove": encoders remove padding wherever that can be done. "keep": never. It becomes the
+            attribute `padding` of each fused encoder, which can be set later too.
 
     Returns:
         What is fused, and what was left and why. A model without a known layer is unchanged.
 
     Raises:
         TypeError: `model` is no nn.Module.
-        ValueError: with `strict`, a layer that cannot run fused, or no layer at all; the message says which and why.
+        ValueError: another `padding`; with `strict`, a layer that cannot run fused, or no layer at all; the message
+            says which and why.
 
     Example:
         >>> import torch, fusenc
@@ -76,6 +87,7 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
         >>> fusenc.unfuse(model)
     """
     _require_module(model)
+    require_setting(padding)
     huggingface, problem = _huggingface()
     replacements = {**_OF_TORCH, **(huggingface.REPLACEMENTS if huggingface else {})}
     already = {fused: fused for fused in replacements.values()}
@@ -103,17 +115,22 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
             report.left[path] = reason
         elif fused is not None:
             report.fused[path] = fused.__qualname__
-            changes.append((module, fused))
+            changes.append((path, module, fused))
+            decides = padding == "auto" and huggingface and hasattr(fused, "padding")
+            if decides and (reason := huggingface.why_padding_matters(model, path)):
+                report.padding[path] = reason
     if huggingface:
         report.left.update(huggingface.unknown_models(model, [*report.fused, *report.left]))
     if not report.fused and not report.left:
         report.left[""] = f"{type(model).__name__} holds no layer of a supported family"
     if strict and report.left:
         raise ValueError("\n".join(["model: expected that all layers can run fused, got", *_grouped(report.left)]))
-    for module, fused in changes:
+    for path, module, fused in changes:
         module.__class__ = fused
         if huggingface:
             huggingface.lay_together(module)
+        if hasattr(fused, "padding"):
+            module.padding = "keep" if path in report.padding else padding
     return report
 
 
@@ -132,6 +149,8 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         plain = replaced.get(type(module))
         if plain is not None:
+            if hasattr(type(module), "padding"):
+                vars(module).pop("padding", None)
             module.__class__ = plain
 
 

@@ -11,13 +11,8 @@ from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from .modules import has_hooks
 from .packing import PackedTokens, PaddedPacking, in_the_kind_of
+from .padding import may_remove, real_tokens, require_setting
 from .transformer_encoder_layer import TransformerEncoderLayer, as_packed, mask_of_packed, through_padded
-
-FULLEST = 0.85
-"""Share of real tokens up to which a padded batch is packed on a CPU (docs/torch_nn.md has the measurement)."""
-LEAST_WORK = 3_000_000
-"""Multiply-adds that a layer's products would have to spend on the padding of a sequence, on average, for it to pay:
-attention of a sequence of its own costs as much."""
 
 
 class TransformerEncoder(nn.TransformerEncoder):
@@ -25,18 +20,19 @@ class TransformerEncoder(nn.TransformerEncoder):
 
     In the place of a padded batch it also takes a `fusenc.packing.PackedTokens` or a nested tensor, strided or jagged,
     and returns the same kind; it is packed once, for all layers and the norm. A padded batch with a
-    `src_key_padding_mask` is packed where that pays, in training too: its real tokens go through the layers, and the
-    output, of the shape of the input, is 0 at the padding. `pack_padding` decides:
+    `src_key_padding_mask` is packed where that saves time, in training too: its real tokens go through the layers, and
+    the output, of the shape of the input, is 0 at the padding. The attribute `padding` decides:
 
-    - None (the default): on a CPU if `enable_nested_tensor` is left True, at most 85 % of the tokens are real, and the
-      work saved outweighs what packing costs (3 million multiply-adds a sequence in each layer: hardly ever at width
-      64, with 4 padded tokens a sequence at width 256). Never on a GPU, where the number of tokens would have to be
-      waited for.
-    - True: whenever it can be done, on a GPU too.
-    - False: never.
+    - "auto" (the default): if `enable_nested_tensor` is left True and the work saved outweighs the cost of packing. On
+      a CPU at most 85 % of the tokens may be real, and packing costs 3 million multiply-adds a sequence in each layer
+      (hardly ever saved at width 64, by 4 padded tokens a sequence at width 256). On a GPU it costs one wait for the
+      device in each call, counted as 3 billion multiply-adds of all layers together.
+    - "remove": whenever it can be done.
+    - "keep": never.
 
-    It is never done inside torch.compile or a trace, with a layer that does not run fused or has hooks (they would find
-    packed tokens), or with a `mask` beside padding that does not lie behind the tokens.
+    It is never done inside torch.compile, a trace, vmap or the capture of a CUDA graph, on fake tensors, with a layer
+    that does not run fused or has hooks (they would find packed tokens), or with a `mask` beside padding that does not
+    lie behind the tokens.
 
     Layers of another class run as they are, as in torch. docs/torch_nn.md says which of torch's own paths is followed
     where they differ.
@@ -53,7 +49,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         torch.Size([14, 32])
     """
 
-    pack_padding: bool | None = None
+    padding: str = "auto"
 
     def why_not_fused(self) -> str:
         """Why not all layers run fused, or "" if they do (once `fuse` has replaced torch's)."""
@@ -125,12 +121,13 @@ class TransformerEncoder(nn.TransformerEncoder):
         self, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool, batch_first: bool
     ) -> PaddedPacking | None:
         """The packing of a padded batch, if its padding can and should be left out."""
-        if key_padding_mask is None or self.pack_padding is False or src.dim() != 3 or (is_causal and mask is None):
+        setting = self.padding
+        require_setting(setting)
+        if key_padding_mask is None or src.dim() != 3 or (is_causal and mask is None):
             return None
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() or type(src) is not Tensor:
+        if not may_remove(setting, src, key_padding_mask):
             return None
-        asked = self.pack_padding is True
-        if not asked and (src.is_cuda or not src.is_cpu or not getattr(self, "enable_nested_tensor", True)):
+        if setting == "auto" and not getattr(self, "enable_nested_tensor", True):
             return None
         batch, length = src.shape[:2] if batch_first else src.shape[1::-1]
         heads = self.layers[0].self_attn.num_heads
@@ -140,22 +137,18 @@ class TransformerEncoder(nn.TransformerEncoder):
             return None  # torch's errors
         if not (_is_by_row(self.norm) and self._layers_take_packed(src)):
             return None
-        if torch._C._functorch.is_batchedtensor(src) or torch._C._functorch.is_batchedtensor(key_padding_mask):
-            return None
+        conditions = []
         if key_padding_mask.dtype == torch.bool:
             keep = ~key_padding_mask
         else:
             keep = key_padding_mask == 0.0
-            if not bool((keep | (key_padding_mask == float("-inf"))).all()):
-                return None  # more than a padding mask
-        if not asked:
-            total = keep.numel()
-            padding = total - int(keep.sum())
-            if padding < (1.0 - FULLEST) * total or padding * self._products() < LEAST_WORK * batch:
-                return None
-        if mask is not None and bool((keep[:, 1:] & ~keep[:, :-1]).any()):
-            return None  # positions inside a packed sequence are not those that the mask speaks of
-        return PaddedPacking(keep, batch_first=batch_first)
+            conditions.append((keep | (key_padding_mask == float("-inf"))).all())  # no more than a padding mask
+        if mask is not None:  # positions inside a packed sequence have to be those that the mask speaks of
+            conditions.append(~(keep[:, 1:] & ~keep[:, :-1]).any())
+        tokens = real_tokens(
+            setting, keep, src, products=self._products(), num_layers=len(self.layers), conditions=conditions
+        )
+        return None if tokens is None else PaddedPacking(tokens, batch_first=batch_first)
 
     def _products(self) -> int:
         """Multiply-adds of a layer's products for a token."""

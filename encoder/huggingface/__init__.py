@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import albert, bart, bert, clip, distilbert, modernbert, mpnet, t5, vit
+from .heads import why_padding_matters
 from .interface import attention_forward
 from .layers import lay_together
 from .stock import Stock, why_changed
 
-__all__ = ["attention_forward", "lay_together", "why_changed"]
+__all__ = ["attention_forward", "lay_together", "why_changed", "why_padding_matters"]
 
 REPLACEMENTS: dict[type, type] = {}
 """Each class that `fuse` knows here, and the class that takes its place."""

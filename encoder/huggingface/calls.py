@@ -54,20 +54,20 @@ def flattened_starts(given: dict[str, Any], query: Tensor, key: Tensor) -> tuple
         if t.shape[0] != 1:
             checks.fail_value(name, f"a batch of one row, in which all texts lie, not of {t.shape[0]}", given[name])
         if isinstance(length, Tensor):
-            length = int(length) if _readable(length) else t.shape[1]
+            length = int(length) if readable(length) else t.shape[1]
         check_starts(name, given[name], f"max_length_{which}", length, t)
         if not torch.compiler.is_compiling():
             require_starts(name, given[name], t.shape[1], f"max_length_{which}", length)
         starts.append(given[name])
         longest.append(length)
     of_query, of_key = starts
-    same = query.shape[1] == key.shape[1] and _readable(of_query) and _readable(of_key)
+    same = query.shape[1] == key.shape[1] and readable(of_query) and readable(of_key)
     if of_query.shape != of_key.shape or (same and of_query.tolist() != of_key.tolist()):
         checks.fail_value("cu_seq_lens_k", f"the texts of cu_seq_lens_q, {of_query}", of_key)
     return of_query, of_key, *longest  # type: ignore[return-value]
 
 
-def _readable(t: Tensor) -> bool:
+def readable(t: Tensor) -> bool:
     """True if values can be read without a device sync or a graph break."""
     return t.is_cpu and not t.is_cuda and not torch.compiler.is_compiling()
 

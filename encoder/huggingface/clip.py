@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..padding import RealTokens
 from .encoders import PaddingFreeStates
 from .layers import Adapter, FusedLayer, activation, at
 from .stock import Stock
@@ -48,10 +49,10 @@ class _FusedClipEncoder(PaddingFreeStates):
     layer_list = "layers"
     served = frozenset({"inputs_embeds", "attention_mask", "is_causal"})
 
-    def _padding(self, inputs: Tensor, attention_mask: Any, given: dict[str, Any]) -> Tensor | None:
+    def _padding(self, inputs: Tensor, attention_mask: Any, given: dict[str, Any]) -> RealTokens | None:
         return super()._padding(inputs, attention_mask, given) if given.get("is_causal") else None
 
-    def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> Tensor | None:
+    def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...] | None:
         batch, length = inputs.shape[:2]
         if attention_mask.shape != (batch, 1, length, length):
             return None
@@ -61,7 +62,7 @@ class _FusedClipEncoder(PaddingFreeStates):
         causal = keep[:, None].expand(-1, length, -1).tril()
         if dtype != torch.bool:  # as eager attention adds it to the scores
             causal = torch.where(causal, 0.0, torch.finfo(dtype).min).to(dtype)
-        return keep if torch.equal(attention_mask[:, 0], causal) else None
+        return keep, (attention_mask[:, 0] == causal).all()
 
 
 class _FusedSiglipEncoder(PaddingFreeStates):

@@ -12,17 +12,9 @@ from torch import Tensor, nn
 from ..kernels.common import checks
 from ..modules import Watched, has_hooks
 from ..packing import FlattenedPacking, PaddedPacking, UnflattenedPacking
-from .calls import FLATTENED, Call, asks_for_more, by_name, flattened_starts, require_known
+from ..padding import RealTokens, may_remove, real_tokens, require_setting
+from .calls import FLATTENED, Call, asks_for_more, by_name, flattened_starts, readable, require_known
 from .stock import CAPTURE, collected
-
-
-def may_pack(t: Tensor) -> bool:
-    """Whether padding can be left out of a call on a tensor like this one.
-
-    On a GPU the number of tokens would have to be waited for; a compiled graph would keep this batch's.
-    """
-    # A tensor that stands for a GPU's where there is none (CONTRIBUTING.md) says yes to both.
-    return t.is_cpu and not t.is_cuda and not torch.compiler.is_compiling()
 
 
 def why_a_layer_is_not_fused(layers: Iterable[Any], kind: Any) -> str:
@@ -40,11 +32,12 @@ _watched: weakref.WeakKeyDictionary[Any, Watched] = weakref.WeakKeyDictionary()
 
 
 class PaddingFree(nn.Module):
-    """An encoder that leaves padding out on the CPU; mixed into a subclass of the family's own. It is given ids or
-    embeddings and a mask ``[B, L]``. Its fused layers take a `call`, which the stock forward hands on to them: the
-    first one packs.
+    """An encoder that leaves padding out; mixed into a subclass of the family's own. It is given ids or embeddings and
+    a mask ``[B, L]``. Its fused layers take a `call`, which the stock forward hands on to them: the first one packs.
     """
 
+    padding: str = "auto"
+    """"auto", "remove" or "keep"; `fuse` sets it."""
     layer_list: ClassVar[str]
     """Name of the list of layers."""
     fused_layer: ClassVar[type]
@@ -68,6 +61,7 @@ class PaddingFree(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the family's own encoder; hidden states at padded positions may come back as 0."""
+        require_setting(self.padding)
         given = by_name(self, args, kwargs)
         found = (given.get(name) for name in ("hidden_states", "input_ids", "inputs_embeds"))
         inputs = next((t for t in found if t is not None), None)
@@ -132,38 +126,47 @@ class PaddingFree(nn.Module):
             return None, self._call(FlattenedPacking(starts.int(), longest, inputs.shape[1]), inputs, given)
         if attention_mask is not None and not isinstance(attention_mask, Tensor):
             return None
-        keep = self._padding(inputs, attention_mask, given)
-        if keep is not None:
-            return None, self._call(PaddedPacking(keep), inputs, given)
+        tokens = self._padding(inputs, attention_mask, given)
+        if tokens is not None:
+            return None, self._call(PaddedPacking(tokens), inputs, given)
         return attention_mask, self._call(None, inputs, given)
 
     def _call(self, packing: PaddedPacking | None, inputs: Tensor, given: dict[str, Any]) -> Call:
         """What the layers are told."""
         return Call(packing, bool(given.get("is_causal")))
 
-    def _padding(self, inputs: Tensor, attention_mask: Any, given: dict[str, Any]) -> Tensor | None:
-        """Which tokens are real, bool ``[B, L]``, if this call can and should leave the others out, else None."""
-        if not isinstance(attention_mask, Tensor) or not may_pack(inputs):
+    def _padding(self, inputs: Tensor, attention_mask: Any, given: dict[str, Any]) -> RealTokens | None:
+        """The real tokens, if this call can and should leave the others out, else None. A GPU is waited for once."""
+        if not isinstance(attention_mask, Tensor) or not may_remove(self.padding, inputs, attention_mask):
             return None
-        keep = self._real_tokens(inputs, attention_mask)
-        if keep is None or keep.all():
+        found = self._real_tokens(inputs, attention_mask)
+        if found is None:
             return None
+        keep, *conditions = found
         if self.by_distance:
-            begins = keep[:, 0] + (keep[:, 1:] & ~keep[:, :-1]).sum(1)
-            if (begins > 1).any():
-                return None
-        return keep
+            conditions.append((keep[:, 0] + (keep[:, 1:] & ~keep[:, :-1]).sum(1) <= 1).all())
+        layers = list(self.layers_of(self))
+        weights = [p for p in layers[0].parameters() if p.dim() == 2] if layers else []
+        if not weights:
+            return None
+        # ALBERT's layers run several times.
+        num_layers = max(len(layers), getattr(getattr(self, "config", None), "num_hidden_layers", 0))
+        return real_tokens(
+            self.padding, keep, weights[0], products=sum(weight.numel() for weight in weights), num_layers=num_layers,
+            conditions=conditions,
+        )  # fmt: skip
 
     def _all_real(self, inputs: Tensor, attention_mask: Any) -> bool:
         """True of a mask that is known, without a wait, to hide nothing."""
-        if not isinstance(attention_mask, Tensor) or attention_mask.is_cuda or not attention_mask.is_cpu:
+        if not isinstance(attention_mask, Tensor) or not readable(attention_mask):
             return False
-        keep = self._real_tokens(inputs, attention_mask)
-        return keep is not None and bool(keep.all())
+        found = self._real_tokens(inputs, attention_mask)
+        return found is not None and all(bool(each.all()) for each in found)
 
-    def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> Tensor | None:
-        """Which tokens a mask calls real, bool ``[B, L]``; None if it says anything else."""
-        return attention_mask.bool() if attention_mask.shape == inputs.shape[:2] else None
+    def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...] | None:
+        """Which tokens a mask calls real, bool ``[B, L]``, and conditions: bool tensors of one element that are True if
+        it says nothing else. None if it certainly does."""
+        return (attention_mask.bool(),) if attention_mask.shape == inputs.shape[:2] else None
 
     def _asks_for_more(self, given: dict[str, Any]) -> bool:
         """True if the call asks for hidden states or attentions, or for something unknown."""
@@ -184,21 +187,20 @@ class PaddingFreeStates(PaddingFree):
     layer_list = "layer"
     served = frozenset({"hidden_states", "attention_mask"})
 
-    def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> Tensor | None:
+    def _real_tokens(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...] | None:
         batch, length = inputs.shape[:2]
         if attention_mask.shape not in ((batch, 1, length, length), (batch, 1, 1, length)):
             return None
-        mask = attention_mask[:, 0]
+        mask, conditions = attention_mask[:, 0], []
         of_first_query = mask[:, 0]
         if mask.dtype == torch.bool:
             keep = of_first_query
         else:  # as eager attention adds it to the scores
             keep = of_first_query == 0
-            if not (of_first_query == torch.where(keep, 0.0, torch.finfo(mask.dtype).min)).all():
-                return None
-        if mask.stride(1) != 0 and not (mask == of_first_query[:, None]).all():
-            return None  # more than a padding mask
-        return keep
+            conditions.append((keep | (of_first_query == torch.finfo(mask.dtype).min)).all())
+        if mask.stride(1) != 0:
+            conditions.append((mask == of_first_query[:, None]).all())
+        return keep, *conditions
 
     def _asks_for_more(self, given: dict[str, Any]) -> bool:
         return super()._asks_for_more(given) or bool(collected())

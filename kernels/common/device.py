@@ -109,3 +109,14 @@ def has_tf32(index: int | None) -> bool:
 def power_of_2(n: int) -> int:
     """The least power of two that is not below `n`."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def is_capturing() -> bool:
+    """True while the current stream records a CUDA graph, in which nothing may be waited for."""
+    return _has_gpu() and torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    """True where there is a GPU, not a tensor that stands for a GPU's alone (CONTRIBUTING.md)."""
+    return torch.backends.cuda.is_built() and torch._C._cuda_getDeviceCount() > 0

@@ -141,7 +141,7 @@ def test_unknown_families_are_reported_and_unchanged(family, options, reason):
 
 def test_a_row_without_a_real_token_is_finite():
     model = small_model("bert").eval()
-    fusenc.fuse(model)
+    fusenc.fuse(model, padding="remove")
     inputs = batch()
     inputs["attention_mask"][0] = 0
     assert model(**inputs).last_hidden_state.isfinite().all()
@@ -156,7 +156,7 @@ def test_hooks_see_what_they_saw_before(where):
         lambda module, args, out: shapes.append((out[0] if isinstance(out, tuple) else out).shape)
     )
     expected = model(**inputs).last_hidden_state
-    fusenc.fuse(model)
+    fusenc.fuse(model, padding="remove")
     got = model(**inputs).last_hidden_state
     assert len(shapes) == 2 and shapes[0] == shapes[1]
     torch.testing.assert_close(got, expected, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
@@ -164,7 +164,7 @@ def test_hooks_see_what_they_saw_before(where):
 
 def test_a_layer_that_is_adapted_later_runs_unfused():
     model = small_model("bert").eval()
-    fusenc.fuse(model)
+    fusenc.fuse(model, padding="remove")
 
     class Adapted(nn.Module):
         def __init__(self, inner):
@@ -208,7 +208,7 @@ def test_minilm_embeddings(minilm):
         return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
     expected = embed()
-    fusenc.fuse(model)
+    fusenc.fuse(model, padding="remove")
     got = embed()
     assert (got - expected).abs().max() < EMBEDDINGS
     fusenc.unfuse(model)
@@ -224,7 +224,7 @@ def test_minilm_on_the_gpu_path(device, backend, minilm):
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
         expected = model(**inputs).last_hidden_state
-        fusenc.fuse(model)
+        fusenc.fuse(model, padding="remove")
         got = model(**inputs).last_hidden_state
     assert fusenc.kernels.last_backend() == backend
     torch.testing.assert_close(got[real], expected[real], rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
@@ -250,11 +250,11 @@ def test_code_of_the_users_runs(change, when):
     """A part that does not do what the family's own does is never stood in for, and the report says so."""
     model = small_model("bert").eval()
     if when == "after fuse":
-        fusenc.fuse(model)
+        fusenc.fuse(model, padding="remove")
     change(model)
     if when == "before fuse":
         number = 0 if change is subclassed_attention else 1
-        report = fusenc.fuse(model)
+        report = fusenc.fuse(model, padding="remove")
         assert set(report.left) == {"encoder", f"encoder.layer.{number}"} and len(report.fused) == 2
     expected = small_model("bert").eval()
     change(expected)
@@ -266,7 +266,7 @@ def test_code_of_the_users_runs(change, when):
 
 def test_hooks_on_all_modules_are_called():
     model, seen = small_model("bert").eval(), []
-    fusenc.fuse(model)
+    fusenc.fuse(model, padding="remove")
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
     try:
         model(**batch())
@@ -288,7 +288,7 @@ def test_a_traced_model_serves_other_masks():
     if Version("5.4") <= Version(transformers.__version__) < Version("5.9"):
         pytest.skip("transformers cannot trace its masks")
     model = small_model("bert").eval()
-    fusenc.fuse(model)
+    fusenc.fuse(model, padding="remove")
     inputs = batch()
     other = inputs["attention_mask"].flip(0)
 

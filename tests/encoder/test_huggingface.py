@@ -8,13 +8,13 @@ import functools
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import fusenc
 import pytest
 import torch
 from contract import assert_same, output_and_gradients
-from packaging.version import Version
+from families import BART_DROPOUT, BERT, FAMILIES, batch, older_than, real_tokens, small_model
 from tolerances import (
     EMBEDDINGS,
     FLOOR,
@@ -26,195 +26,7 @@ from tolerances import (
 )
 from torch import Tensor, nn
 
-TEXT = {"vocab_size": 100, "pad_token_id": 1}
-BERT = {
-    **TEXT, "hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 2,
-    "max_position_embeddings": 64,
-}  # fmt: skip
-
-
-class Family(NamedTuple):
-    """One entry of the table."""
-
-    model_type: str
-    """As `AutoConfig.for_model` knows it."""
-    model: str
-    """The model's class in transformers."""
-    options: dict[str, Any]
-    """Of the configuration, without dropout."""
-    fused: int
-    """How many modules `fuse` changes."""
-    dropout: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    """The configuration's names of its dropout rates; the tests set them."""
-    left: frozenset[str] = frozenset()
-    """Reasons that the report may give for what stays as it is."""
-    by_distance: bool = False
-    """Attention goes by the distance of two tokens, so padding between real tokens stays in."""
-    implementations: tuple[str, ...] = ("sdpa", "eager")
-    """Of attention."""
-    float16: bool = True
-    """Runs fused in float16."""
-    least_layers: int = 1
-    """With fewer it has no layer of some kind."""
-    since: str = "5.2"
-    """The oldest transformers whose classes fusenc knows; before, the family is left, and its tests are skipped."""
-    first_position: int | None = None
-    """Of a text, where positions are given with the ids."""
-    encoder: bool = True
-    """Its encoder is one of texts, which `fuse` changes."""
-    variant: bool = False
-    """Another configuration of a family that is in the table: not run on the GPU path, where launches are slow."""
-
-
-DISTILBERT = {**TEXT, "dim": 48, "n_heads": 4, "hidden_dim": 64, "n_layers": 2, "max_position_embeddings": 64}
-ALBERT = {**BERT, "embedding_size": 24, "num_hidden_layers": 4}
-
-FAMILIES = {
-    "bert": Family("bert", "BertModel", BERT, 4, first_position=0),
-    "bert tanh gelu": Family(
-        "bert", "BertModel", {**BERT, "hidden_act": "gelu_new", "layer_norm_eps": 1e-6}, 4, variant=True
-    ),
-    "bert relu": Family("bert", "BertModel", {**BERT, "hidden_act": "relu", "type_vocab_size": 1}, 4, variant=True),
-    "roberta": Family("roberta", "RobertaModel", BERT, 3, first_position=2),
-    "xlm-roberta": Family("xlm-roberta", "XLMRobertaModel", BERT, 3, first_position=2),
-    "camembert": Family("camembert", "CamembertModel", BERT, 3, first_position=2),
-    "electra": Family("electra", "ElectraModel", {**BERT, "embedding_size": 48}, 4, first_position=0),
-    "electra narrow embeddings": Family("electra", "ElectraModel", {**BERT, "embedding_size": 24}, 4, variant=True),
-    "distilbert": Family(
-        "distilbert", "DistilBertModel", DISTILBERT, 4, ("dropout", "attention_dropout"), first_position=0
-    ),
-    "distilbert sinusoidal": Family(
-        "distilbert", "DistilBertModel", {**DISTILBERT, "sinusoidal_pos_embds": True, "activation": "relu"}, 4,
-        ("dropout", "attention_dropout"), variant=True,
-    ),
-    "albert": Family("albert", "AlbertModel", {**ALBERT, "hidden_act": "gelu_new"}, 3, first_position=0),
-    "albert groups": Family(
-        "albert", "AlbertModel", {**ALBERT, "num_hidden_groups": 2, "inner_group_num": 2}, 6, variant=True
-    ),
-    "mpnet": Family(
-        "mpnet", "MPNetModel", {**BERT, "layer_norm_eps": 1e-5}, 4, by_distance=True, implementations=("eager",),
-        first_position=2,
-    ),
-}  # fmt: skip
-
-_PATCHES = {
-    "hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 2, "image_size": 12,
-    "patch_size": 4,
-}  # fmt: skip
-_T5 = {
-    **TEXT, "d_model": 48, "d_kv": 16, "num_heads": 4, "d_ff": 64, "num_layers": 2, "use_cache": False,
-    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 8, "decoder_start_token_id": 1,
-}  # fmt: skip
-_GATED_T5 = {**_T5, "feed_forward_proj": "gated-gelu"}
-_BART = {
-    **TEXT, "d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_start_token_id": 2,
-    "max_position_embeddings": 64, "use_cache": False,
-}  # fmt: skip
-_BART_DROPOUT = ("dropout", "attention_dropout", "activation_dropout")
-
-FAMILIES |= {
-    "vit": Family("vit", "ViTModel", _PATCHES, 2, since="5.9", encoder=False),
-    "clip text": Family("clip_text_model", "CLIPTextModel", {**BERT, "bos_token_id": 0, "eos_token_id": 2}, 3,
-                        ("attention_dropout",), first_position=0),
-    "clip vision": Family("clip_vision_model", "CLIPVisionModel", _PATCHES, 3, ("attention_dropout",), encoder=False),
-    "siglip text": Family("siglip_text_model", "SiglipTextModel", BERT, 3, ("attention_dropout",), first_position=0),
-    "siglip vision": Family(
-        "siglip_vision_model", "SiglipVisionModel", {**_PATCHES, "image_size": 16}, 4, ("attention_dropout",), encoder=False
-    ),
-    "modernbert": Family(
-        "modernbert", "ModernBertModel",
-        {**BERT, "num_hidden_layers": 3, "local_attention": 4, "global_attn_every_n_layers": 2, "norm_bias": True}, 4,
-        ("attention_dropout", "mlp_dropout", "embedding_dropout"), by_distance=True, least_layers=2, first_position=0,
-    ),
-    "modernbert biases": Family(
-        "modernbert", "ModernBertModel",
-        {**BERT, "num_hidden_layers": 3, "local_attention": 4, "attention_bias": True, "mlp_bias": True,
-         "hidden_activation": "silu"},
-        4, ("attention_dropout", "mlp_dropout", "embedding_dropout"), by_distance=True, variant=True,
-    ),
-    "t5": Family("t5", "T5EncoderModel", _T5, 3, ("dropout_rate",), by_distance=True, float16=False, since="5.15"),
-    "t5 gated": Family(
-        "t5", "T5EncoderModel", _GATED_T5, 3, ("dropout_rate",), by_distance=True, float16=False, since="5.15"
-    ),
-    "t5 with decoder": Family(
-        "t5", "T5Model", _T5, 3, ("dropout_rate",), frozenset({"a decoder", "a decoder block"}), True, float16=False,
-        since="5.15", variant=True,
-    ),
-    "mt5": Family(
-        "mt5", "MT5EncoderModel", _GATED_T5, 3, ("dropout_rate",), by_distance=True, float16=False, since="5.15"
-    ),
-    "bart": Family("bart", "BartModel", _BART, 5, _BART_DROPOUT, since="5.4"),
-    "marian": Family(
-        "marian", "MarianModel", {**_BART, "activation_function": "swish", "scale_embedding": True}, 5, _BART_DROPOUT,
-        since="5.4",
-    ),
-}  # fmt: skip
-
 KINDS = ["dense", "padded", "gaps"]
-
-
-def older_than(version: str) -> bool:
-    import transformers
-
-    return Version(transformers.__version__) < Version(version)
-
-
-def small_model(name: str, *, implementation: str | None = None, dropout: float = 0.0, **options: Any) -> nn.Module:
-    import transformers
-
-    family = FAMILIES[name]
-    torch.manual_seed(0)
-    rates = dict.fromkeys(family.dropout, dropout)
-    config = transformers.AutoConfig.for_model(family.model_type, **{**family.options, **rates, **options})
-    left = older_than(family.since)
-    if implementation is not None and not left:
-        config._attn_implementation = implementation
-    model = getattr(transformers, family.model)(config)
-    if left:
-        report = fusenc.fuse(model)
-        assert not report.fused and all(text.startswith("transformers 5.") for text in report.left.values()), report
-        pytest.skip(next(iter(report.left.values())))
-    with (
-        torch.no_grad()
-    ):  # initial weights are so small that attention would hardly matter, biases and norms not at all
-        for path, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "embeddings" not in path:
-                scale = 0.05 if path.endswith("Attention.q.weight") else 0.2  # T5 scales no scores but these weights
-                parameter.mul_(scale / parameter.std())
-            elif parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def batch(kind: str = "padded", length: int = 9, model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Inputs of a model, of one of texts by default."""
-    generator = torch.Generator().manual_seed(0)
-    if getattr(model, "main_input_name", "") == "pixel_values":
-        size = model.config.image_size  # type: ignore[union-attr]
-        return {"pixel_values": torch.randn(4, 3, size, size, generator=generator)}
-    mask = torch.ones(4, length, dtype=torch.long)
-    if kind != "dense":
-        mask[1, 5:] = 0
-        mask[2, :3] = 0  # padding on the left
-    if kind == "gaps":
-        mask[3, 1::2] = 0  # and in between
-    ids = torch.randint(2, 100, mask.shape, generator=generator)
-    inputs = {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}
-    if hasattr(model, "decoder"):
-        target = torch.ones(4, 7, dtype=torch.long)
-        target[2, 5:] = 0
-        ids = torch.randint(2, 100, target.shape, generator=generator)
-        inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": target}
-    return inputs
-
-
-def real_tokens(inputs: dict[str, Tensor]) -> Tensor:
-    """Which positions of the last hidden state count; of images all."""
-    if "pixel_values" in inputs:
-        batch, _, size, _ = inputs["pixel_values"].shape
-        return torch.ones(batch, {12: 10, 16: 16}[size], dtype=torch.bool)  # with a class token and without
-    return inputs.get("decoder_attention_mask", inputs["attention_mask"]).bool()
 
 
 def tokens_in_layers(inputs: dict[str, Tensor], packed: bool = True) -> set[int]:
@@ -245,7 +57,7 @@ def outcome(model: nn.Module, kind: str = "padded", **options: Any) -> list[Tens
 
 
 def fuse(name: str, model: nn.Module) -> fusenc.FuseReport:
-    report = fusenc.fuse(model)
+    report = fusenc.fuse(model, padding="remove")  # "auto" keeps the padding of batches as small as those of the tests
     assert len(report.fused) == FAMILIES[name].fused and set(report.left.values()) <= FAMILIES[name].left, report
     return report
 
@@ -300,7 +112,7 @@ def dropouts(model: nn.Module) -> list[tuple[str, str]]:
     """Module and attribute of each rate."""
     sites = []
     for path, module in model.named_modules():
-        names = ("p",) if isinstance(module, nn.Dropout) else _BART_DROPOUT
+        names = ("p",) if isinstance(module, nn.Dropout) else BART_DROPOUT
         sites += [(path, name) for name in names if isinstance(getattr(module, name, None), (int, float))]
     return sites
 
@@ -356,7 +168,8 @@ def test_ten_steps_give_the_same_losses(name):
 @pytest.mark.kernel
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.variant])
 @pytest.mark.essential
-def test_on_the_gpu_path(name, device, backend):
+@pytest.mark.parametrize("padding", ["remove", "keep"])
+def test_on_the_gpu_path(name, padding, device, backend):
     """From the model to the launches and back, two short sequences."""
     family = FAMILIES[name]
     layers = ("num_hidden_layers", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
@@ -369,7 +182,7 @@ def test_on_the_gpu_path(name, device, backend):
     results = []
     for fused in (False, True):
         if fused:
-            assert fusenc.fuse(model).fused
+            assert fusenc.fuse(model, padding=padding).fused
         hidden = model(**inputs).last_hidden_state[real]
         results.append(output_and_gradients(hidden, list(parameters(model).values())))
     assert fusenc.kernels.last_backend() == backend
@@ -553,7 +366,7 @@ def test_under_a_head(implementation):
     results = []
     for fused in (False, True):
         if fused:
-            report = fusenc.fuse(model, strict=True)
+            report = fusenc.fuse(model, strict=True, padding="remove")
             assert "roberta.encoder" in report.fused
         results.append(output_and_gradients(model(**inputs).loss, list(model.parameters())))
     assert_same(results[1], results[0], SAME_ALGORITHM)
@@ -568,7 +381,7 @@ def test_lora(targets, first):
     for fused in (False, True):
         model = small_model("bert")
         if fused and first == "fuse":
-            fusenc.fuse(model)
+            fusenc.fuse(model, padding="remove")
         torch.manual_seed(1)
         model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, lora_dropout=0.0))
         with torch.no_grad():
@@ -576,7 +389,7 @@ def test_lora(targets, first):
                 if "lora_B" in path:  # zeros at the start, which would hide the adapter
                     parameter.normal_(std=0.1)
         if fused:
-            report = fusenc.fuse(model, strict=True)
+            report = fusenc.fuse(model, strict=True, padding="remove")
             assert len(report.fused) == 4
         rows, inputs = [], batch()
         with recorded(rows):
@@ -655,7 +468,7 @@ def test_trainer(tmp_path):
         torch.manual_seed(0)
         model = transformers.AutoModelForSequenceClassification.from_config(config)
         if fused:
-            fusenc.fuse(model, strict=True)
+            fusenc.fuse(model, strict=True, padding="remove")
         arguments = transformers.TrainingArguments(
             str(tmp_path / str(fused)), num_train_epochs=1, per_device_train_batch_size=4,
             gradient_accumulation_steps=2, learning_rate=1e-3, logging_steps=1, gradient_checkpointing=True,
@@ -681,7 +494,7 @@ def test_sentence_transformers():
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "the", "farm", "watches"]
     sentences = [" ".join(words[i % 7 : i % 7 + 1 + i % 11]) for i in range(40)]
     expected = model.encode(sentences, batch_size=8, convert_to_tensor=True)
-    report = fusenc.fuse(model, strict=True)
+    report = fusenc.fuse(model, strict=True, padding="remove")
     assert len(report.fused) == 8
     rows = []
     with recorded(rows):
@@ -733,7 +546,7 @@ def test_parts_that_are_not_the_familys_own_run(name, when):
         fusenc.unfuse(model)
         if when == "before fuse":
             setattr(model.get_submodule(parent), last, Doubled(model.get_submodule(path)))
-            assert any(layer and path.startswith(f"{layer}.") for layer in fusenc.fuse(model).left)
+            assert any(layer and path.startswith(f"{layer}.") for layer in fusenc.fuse(model, padding="remove").left)
         else:
             fuse(name, model)
             setattr(model.get_submodule(parent), last, Doubled(model.get_submodule(path)))
@@ -837,7 +650,8 @@ def test_flattened_batches_that_do_not_fit():
     fuse("bert", model)
     short, other = batch["cu_seq_lens_q"][:-1], torch.tensor([0, 6, 8, 13], dtype=torch.int32)
     for change, name in (
-        ({"cu_seq_lens_q": short, "cu_seq_lens_k": short}, "cu_seq_lens_q"), ({"cu_seq_lens_k": other}, "cu_seq_lens_k"),
+        ({"cu_seq_lens_q": short, "cu_seq_lens_k": short}, "cu_seq_lens_q"),
+        ({"cu_seq_lens_k": other}, "cu_seq_lens_k"),
         ({"max_length_k": None}, "max_length_k"), ({"max_length_q": 5}, "max_length_q"),
         ({"attention_mask": (torch.arange(13) < 9).long()[None]}, "attention_mask"),
         ({"input_ids": batch["input_ids"].expand(2, -1)}, "cu_seq_lens_q"),

@@ -11,7 +11,6 @@ import fusenc
 import pytest
 import torch
 from contract import output_and_gradients
-from fusenc import transformer_encoder
 from fusenc.packing import PackedTokens, PaddedPacking, pack, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,16 +82,16 @@ def assert_same(theirs, ours, x, keep, tolerance=SAME_ALGORITHM, **masks):
 
 
 @pytest.mark.parametrize("mask", list(MASKS))
-@pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("padding", ["remove", "keep"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_same_as_torch(mask, packs, training, packings):
+def test_same_as_torch(mask, padding, training, packings):
     theirs, ours = (encoder.train(training) for encoder in pair())
-    ours.pack_padding = packs
+    ours.padding = padding
     masks = MASKS[mask]
     out = assert_same(theirs, ours, torch.randn(4, 7, 32), keep_of(masks), **masks)
     assert out.shape == (4, 7, 32)
     can = "src_key_padding_mask" in masks and mask != "causal, padding before"
-    assert len(packings) == (packs and can)
+    assert len(packings) == (padding == "remove" and can)
     if packings:
         assert (out[~keep_of(masks)] == 0).all(), "padding comes back as 0"
     assert out.isfinite().all()
@@ -103,7 +102,7 @@ def test_same_as_torch(mask, packs, training, packings):
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
 def test_layouts(norm_first, batch_first, norm):
     theirs, ours = pair(norm=norm, norm_first=norm_first, batch_first=batch_first)
-    ours.pack_padding = True
+    ours.padding = "remove"
     x = torch.randn(4, 7, 32)
     keep = KEEP if batch_first else KEEP.t()
     out = assert_same(theirs, ours, x if batch_first else x.transpose(0, 1), keep, src_key_padding_mask=KPM)
@@ -112,7 +111,7 @@ def test_layouts(norm_first, batch_first, norm):
 
 def test_float64():
     theirs, ours = pair(dtype=torch.float64)
-    ours.pack_padding = True
+    ours.padding = "remove"
     x = torch.randn(4, 7, 32, dtype=torch.float64)
     assert_same(theirs, ours, x, KEEP, tolerance=SAME_ALGORITHM_64, src_key_padding_mask=KPM)
 
@@ -122,16 +121,16 @@ def test_float64():
 def test_packed_and_padded_agree_on_any_padding(batch, length, seed, causal):
     _, ours = pair()
     generator = torch.Generator().manual_seed(seed)
-    padding = torch.rand(batch, length, generator=generator) < 0.4
+    padded = torch.rand(batch, length, generator=generator) < 0.4
     x = torch.randn(batch, length, 32, generator=generator)
     mask = None if causal is None else torch.ones(length, length, dtype=torch.bool).triu(1)
     results = []
-    for packs in (True, False):
-        ours.pack_padding = packs
-        out = ours(x, mask, padding)
+    for padding in ("remove", "keep"):
+        ours.padding = padding
+        out = ours(x, mask, padded)
         assert out.shape == x.shape and out.isfinite().all()
-        results.append(output_and_gradients(out * ~padding[..., None], list(ours.parameters())))
-    if (~padding).any():
+        results.append(output_and_gradients(out * ~padded[..., None], list(ours.parameters())))
+    if (~padded).any():
         contract.assert_same(*results, SAME_ALGORITHM)
 
 
@@ -165,8 +164,8 @@ def test_unbatched_input():
 def test_training_and_evaluation_give_the_same_numbers():
     _, ours = pair()
     x = torch.randn(4, 7, 32)
-    for packs in (True, False):
-        ours.pack_padding = packs
+    for padding in ("remove", "keep"):
+        ours.padding = padding
         with torch.no_grad():
             outs = [ours.train(training)(x, src_key_padding_mask=KPM) for training in (True, False)]
         assert torch.equal(*outs)
@@ -174,22 +173,22 @@ def test_training_and_evaluation_give_the_same_numbers():
 
 def test_a_sequence_of_nothing_but_padding_is_finite():
     _, ours = pair()
-    padding = KPM.clone()
-    padding[2] = True
-    for packs in (True, False):
-        ours.pack_padding = packs
-        out = ours(torch.randn(4, 7, 32), src_key_padding_mask=padding)
+    padded = KPM.clone()
+    padded[2] = True
+    for padding in ("remove", "keep"):
+        ours.padding = padding
+        out = ours(torch.randn(4, 7, 32), src_key_padding_mask=padded)
         out.sum().backward()
         assert out.isfinite().all() and all(p.grad.isfinite().all() for p in ours.parameters())
-    ours.pack_padding = True
+    ours.padding = "remove"
     assert (ours(torch.randn(4, 7, 32), src_key_padding_mask=torch.ones(4, 7, dtype=torch.bool)) == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 7, 32), (3, 0, 32)], ids=str)
-@pytest.mark.parametrize("packs", [True, False, None], ids=str)
-def test_empty_input(shape, packs):
+@pytest.mark.parametrize("padding", ["remove", "keep", "auto"])
+def test_empty_input(shape, padding):
     _, ours = pair()
-    ours.pack_padding = packs
+    ours.padding = padding
     assert ours(torch.randn(shape)).shape == shape
     assert ours(torch.randn(shape), src_key_padding_mask=torch.zeros(shape[:2], dtype=torch.bool)).shape == shape
 
@@ -211,7 +210,7 @@ def test_empty_input(shape, packs):
 )
 def test_bad_input_raises_what_torch_raises(call):
     theirs, ours = pair()
-    ours.pack_padding = True
+    ours.padding = "remove"
     with pytest.raises(Exception) as expected:
         call(theirs)
     with pytest.raises(type(expected.value)) as got:
@@ -255,16 +254,16 @@ def test_the_rule_can_be_overridden(packings):
     assert packs(fusenc.TransformerEncoder(layer, 1))
     encoder = fusenc.TransformerEncoder(layer, 1, enable_nested_tensor=False)
     assert not packs(encoder)
-    encoder.pack_padding = True
+    encoder.padding = "remove"
     assert packs(encoder)
     encoder = fusenc.TransformerEncoder(layer, 1)
-    encoder.pack_padding = False
+    encoder.padding = "keep"
     assert not packs(encoder)
 
 
 def test_a_floating_mask_that_is_more_than_padding_is_added(packings):
     theirs, ours = pair()
-    ours.pack_padding = True
+    ours.padding = "remove"
     mask = torch.zeros(4, 7).masked_fill(KPM, -2.0)
     assert_same(theirs, ours, torch.randn(4, 7, 32), torch.ones(4, 7, dtype=torch.bool), src_key_padding_mask=mask)
     assert not packings
@@ -272,7 +271,7 @@ def test_a_floating_mask_that_is_more_than_padding_is_added(packings):
 
 def test_packs_once_and_runs_every_layer_and_the_norm_on_packed_tokens(packings, monkeypatch):
     _, ours = pair(num_layers=3)
-    ours.pack_padding = True
+    ours.padding = "remove"
     seen = []
     plain = fusenc.TransformerEncoderLayer._layer
 
@@ -291,7 +290,7 @@ def test_packs_once_and_runs_every_layer_and_the_norm_on_packed_tokens(packings,
 
 def test_hooks_and_other_norms_find_what_torch_would_show_them(packings):
     _, ours = pair()
-    ours.pack_padding = True
+    ours.padding = "remove"
     x = torch.randn(4, 7, 32)
     expected = ours(x, src_key_padding_mask=KPM)
     for hooked in (ours.layers[1], ours.layers[0].linear1, ours.norm):
@@ -309,7 +308,7 @@ def test_hooks_and_other_norms_find_what_torch_would_show_them(packings):
 
 def test_a_traced_or_mapped_call_is_not_packed(packings):
     _, ours = pair()
-    ours.pack_padding = True
+    ours.padding = "remove"
     x = torch.randn(2, 4, 7, 32)
     with torch.no_grad():
         out = torch.func.vmap(lambda x: ours(x, src_key_padding_mask=KPM))(x)
@@ -324,7 +323,7 @@ def test_compiles_whole(training, packings):
     torch._dynamo.reset()
     _, ours = pair()
     ours.train(training)
-    ours.pack_padding = True
+    ours.padding = "remove"
     compiled = torch.compile(ours, fullgraph=True)
     x = torch.randn(4, 7, 32)
     with torch.set_grad_enabled(training):
@@ -510,8 +509,8 @@ def test_dropout_of_packed_batches_is_drawn_from_the_generator():
 def test_autocast():
     _, ours = pair()
     x = torch.randn(4, 7, 32)
-    for packs in (True, False):
-        ours.pack_padding = packs
+    for padding in ("remove", "keep"):
+        ours.padding = padding
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = ours(x, src_key_padding_mask=KPM)
         limit = 16 * HALF_PRECISION  # bfloat16 has eight times float16's eps, and there are two layers
@@ -523,13 +522,13 @@ def test_autocast():
 
 def test_pickle_deepcopy_and_old_states():
     _, ours = pair()
-    ours.pack_padding = True
+    ours.padding = "remove"
     x = torch.randn(4, 7, 32)
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert type(other) is fusenc.TransformerEncoder and other.pack_padding is True
+        assert type(other) is fusenc.TransformerEncoder and other.padding == "remove"
         assert torch.equal(other(x, src_key_padding_mask=KPM), ours(x, src_key_padding_mask=KPM))
     old = copy.deepcopy(ours)
-    for name in ("enable_nested_tensor", "use_nested_tensor", "mask_check", "pack_padding"):
+    for name in ("enable_nested_tensor", "use_nested_tensor", "mask_check", "padding"):
         del old.__dict__[name]
     assert torch.equal(old(x), ours(x)) and old(x, src_key_padding_mask=KPM).shape == x.shape
     layer = fusenc.TransformerEncoderLayer(32, 4)
@@ -548,7 +547,7 @@ def test_fuse_and_unfuse(packings):
     report = fusenc.fuse(model)
     assert report.fused["encoder"] == "TransformerEncoder" and not report.left
     assert type(theirs) is fusenc.TransformerEncoder
-    theirs.pack_padding = True
+    theirs.padding = "remove"
     out = theirs(x, src_key_padding_mask=KPM)
     assert len(packings) == 1
     torch.testing.assert_close(out[KEEP], expected[KEEP], rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
@@ -591,23 +590,9 @@ def test_torchs_own_layers_run_as_in_torch():
 def test_packed_on_the_gpu_path(device, backend, norm_first):
     theirs, ours = pair(num_layers=1, norm_first=norm_first)
     theirs.to(device), ours.to(device)
-    ours.pack_padding = True
+    ours.padding = "remove"
     x = torch.randn(4, 7, 32, device=device)
     out = assert_same(theirs, ours, x, KEEP.to(device), src_key_padding_mask=KPM.to(device))
     assert fusenc.kernels.last_backend() == backend
     assert (out[KPM.to(device)] == 0).all()
     torch.testing.assert_close(unpack(ours(pack(x, KPM.to(device)))), out, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
-
-
-@pytest.mark.kernel
-def test_a_gpu_is_not_waited_for_unless_asked(device, packings):
-    layer = fusenc.TransformerEncoderLayer(64, 2, 256, dropout=0.0, batch_first=True)
-    encoder = fusenc.TransformerEncoder(layer, 1).to(device)
-    padding = torch.arange(72, device=device)[None] >= 8
-    with torch.no_grad():
-        encoder(torch.randn(1, 72, 64, device=device), src_key_padding_mask=padding)
-    assert bool(packings) == (device == "cpu")
-
-
-def test_the_rule_is_the_documented_one():
-    assert (transformer_encoder.FULLEST, transformer_encoder.LEAST_WORK) == (0.85, 3_000_000)
