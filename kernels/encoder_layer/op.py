@@ -165,7 +165,7 @@ def _forward(like: Tensors, o: Options, sizes: tuple[int, ...], needs: tuple[boo
         x = src.reshape(-1, width)
         normed, statistics1 = x, None
         if o.norm_first:
-            normed, _, statistics1 = norm1(x, None, norm1_weight, norm1_bias, None, None)
+            normed, _, statistics1, _ = norm1(x, None, norm1_weight, norm1_bias, None, None)
         qkv = F.linear(normed, in_weight, in_bias)
         query, key, value = views(qkv, shape, o)
         length = max_seqlen if cu_seqlens is not None else query.shape[2]
@@ -176,14 +176,14 @@ def _forward(like: Tensors, o: Options, sizes: tuple[int, ...], needs: tuple[boo
         # The projection's bias is added in the norm's kernel, whose backward pass sums its gradient.
         projected = F.linear(as_rows(attended, o), out_weight)
         if o.norm_first:
-            between, sum2, statistics2 = norm2(projected, x, norm2_weight, norm2_bias, out_bias, projection_seed)
+            between, sum2, statistics2, _ = norm2(projected, x, norm2_weight, norm2_bias, out_bias, projection_seed)
             activated, hidden = act(between, weight1, bias1, hidden_seed)
             out, sum1 = output(activated, weight2, bias2, sum2, output_seed), x
         else:
-            between, sum1, statistics1 = norm1(projected, x, norm1_weight, norm1_bias, out_bias, projection_seed)
+            between, sum1, statistics1, _ = norm1(projected, x, norm1_weight, norm1_bias, out_bias, projection_seed)
             activated, hidden = act(between, weight1, bias1, hidden_seed)
             out2 = F.linear(activated, weight2)
-            out, sum2, statistics2 = norm2(out2, between, norm2_weight, norm2_bias, bias2, output_seed)
+            out, sum2, statistics2, _ = norm2(out2, between, norm2_weight, norm2_bias, bias2, output_seed)
         return (
             out.view(shape), normed, qkv, attended, statistics, sum1, statistics1, between, hidden, activated, sum2,
             statistics2,
