@@ -15,7 +15,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .kernels import attention, attention_varlen
 from .kernels.attention.eager import require_starts
 from .kernels.attention.op import check_starts
 from .kernels.common import checks
@@ -89,23 +88,6 @@ class PaddedPacking:
         mask = torch.ones(self.shape[0] * self.shape[1], dtype=torch.bool, device=self.indices.device)
         mask = mask.index_fill(0, self.indices, False).view(self.shape)
         return mask if self.batch_first else mask.t()
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False,
-        dropout_p: float = 0.0, scale: float | None = None, window: tuple[int, int] | None = None,
-        relative_bias: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Attention inside each sequence; ``[T, H, D]`` each, as is the result.
-
-        The options are those of `attention_varlen`; `attn_mask` is indexed by positions inside each sequence.
-        """
-        starts, longest = self.cu_seqlens, self.max_length
-        out = attention_varlen(
-            query, key, value, starts, starts, longest, longest, attn_mask, dropout_p, is_causal, scale,
-            window=window, relative_bias=relative_bias,
-        )  # fmt: skip
-        assert isinstance(out, Tensor)
-        return out
 
 
 class FlattenedPacking(PaddedPacking):
@@ -376,16 +358,3 @@ def in_the_kind_of(given: PackedTokens | Tensor, packed: PackedTokens) -> Any:
     sizes = given._nested_tensor_size()
     layout = torch._nested_compute_contiguous_strides_offsets(sizes)
     return torch._nested_view_from_buffer(packed.data.contiguous().view(-1), sizes, *layout)
-
-
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False,
-    dropout_p: float = 0.0, scale: float | None = None, window: tuple[int, int] | None = None,
-    relative_bias: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """`kernels.attention` with heads after tokens: ``[B, L, H, D]`` each, as is the result."""
-    out = attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p, is_causal, scale,
-        window=window, relative_bias=relative_bias,
-    )  # fmt: skip
-    return out.transpose(1, 2)

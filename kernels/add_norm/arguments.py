@@ -38,6 +38,10 @@ class Options(NamedTuple):
     """The backward pass forms the sum again."""
     dtype: torch.dtype = torch.float32
     """Of `x`."""
+    out_dtype: torch.dtype | None = None
+    """Of the result; None: that of `x`."""
+    also_dtype: torch.dtype | None = None
+    """Of a second copy of the result; None: there is none. Only a caller of `add_norm_forward` gets it."""
 
 
 class Saved(NamedTuple):

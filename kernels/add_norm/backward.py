@@ -31,7 +31,7 @@ from .blocks import (
 
 @triton.jit(do_not_specialize=["stride_do", "stride_ds", "stride_x", "stride_r", "rows", "width", "rows_per_program"])
 def add_norm_backward_kernel(
-    dout_ptr, dsum_ptr, x_ptr, residual_ptr, weight_ptr, x_bias_ptr, statistics_ptr, seed_ptr, means_ptr,
+    dout_ptr, dalso_ptr, dsum_ptr, x_ptr, residual_ptr, weight_ptr, x_bias_ptr, statistics_ptr, seed_ptr, means_ptr,
     dx_ptr, dz_ptr, partial_ptr,
     rows, rows_per_program, stride_do, stride_ds, stride_x, stride_r, width, dropout_threshold, keep_scale,
     RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, FLOAT32_SUM: tl.constexpr, RECOMPUTE: tl.constexpr,
@@ -47,8 +47,8 @@ def add_norm_backward_kernel(
     #   dz = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum      dx = dropout(dz)
     #   dweight = sum over rows of dout * xhat      dbias = sum over rows of dout     (Ba et al., 2016)
     #   dx_bias = sum over rows of dx.   RMSNorm: mean = 0 and no mean(g)     (Zhang and Sennrich, 2019)
-    # Where `means_ptr` is given, mean(g * xhat) and mean(g) of each row are known, and a program takes only a part of
-    # the columns.
+    # Of an output in two dtypes, dout is the sum of both gradients. Where `means_ptr` is given, mean(g * xhat) and
+    # mean(g) of each row are known, and a program takes only a part of the columns.
     width = width * UNIT
     PARTS: tl.constexpr = means_ptr is not None
     NEED_DZ: tl.constexpr = dz_ptr is not None or dx_ptr is not None or DX_BIAS
@@ -86,10 +86,10 @@ def add_norm_backward_kernel(
         keeps, xhats, gs, new_dweights, new_dbiases, new_dx_biases = (), (), (), (), (), ()
         for i in tl.static_range(CHUNKS):
             offset = column + i * BLOCK_N
-            do_ptrs = first_chunk(dout_ptr, offs_m, stride_do, UNIT, BLOCK_N) + offset
-            dout = load_block(do_ptrs, inside, column_oks[i], ROWS, not EVEN and (PARTS or i == CHUNKS - 1)).to(
-                tl.float32
-            )
+            dout = load_gradient(
+                dout_ptr, dalso_ptr, offs_m, stride_do, width, offset, inside, column_oks[i],
+                UNIT, ROWS, not EVEN and (PARTS or i == CHUNKS - 1), BLOCK_N,
+            )  # fmt: skip
             if NEED_XHAT:
                 keep, x_bias, r_ptrs = None, None, None
                 if RECOMPUTE and seed_ptr is not None:
@@ -194,6 +194,20 @@ def add_norm_backward_kernel(
 
 
 @triton.jit
+def load_gradient(
+    dout_ptr, dalso_ptr, rows, stride, width, first_column, row_ok, column_ok,
+    UNIT: tl.constexpr, CHECK_ROWS: tl.constexpr, CHECK_COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A piece of the output's gradient in float32, with that of its second copy, whose rows are neighbours."""
+    ptrs = first_chunk(dout_ptr, rows, stride, UNIT, BLOCK_N) + first_column
+    dout = load_block(ptrs, row_ok, column_ok, CHECK_ROWS, CHECK_COLUMNS).to(tl.float32)
+    if dalso_ptr is not None:
+        ptrs = first_chunk(dalso_ptr, rows, width, 1, BLOCK_N) + first_column
+        dout += load_block(ptrs, row_ok, column_ok, CHECK_ROWS, CHECK_COLUMNS).to(tl.float32)
+    return dout
+
+
+@triton.jit
 def store_share(ptr, row, first_column, width, share, CHECK: tl.constexpr, BLOCK_N: tl.constexpr):
     """A piece of a row of the partial matrix, which has a row for each sum of a program."""
     offs_n = first_column + tl.arange(0, BLOCK_N)
@@ -202,7 +216,7 @@ def store_share(ptr, row, first_column, width, share, CHECK: tl.constexpr, BLOCK
 
 @triton.jit(do_not_specialize=["stride_do", "stride_x", "stride_r", "rows", "width"])
 def add_norm_row_means_kernel(
-    dout_ptr, x_ptr, residual_ptr, weight_ptr, x_bias_ptr, statistics_ptr, seed_ptr, means_ptr, rows,
+    dout_ptr, dalso_ptr, x_ptr, residual_ptr, weight_ptr, x_bias_ptr, statistics_ptr, seed_ptr, means_ptr, rows,
     stride_do, stride_x, stride_r, width, dropout_threshold, keep_scale,
     RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, FLOAT32_SUM: tl.constexpr, RECOMPUTE: tl.constexpr,
     UNIT: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -219,9 +233,9 @@ def add_norm_row_means_kernel(
     sum_gx = tl.zeros((1, BLOCK_N), tl.float32)
     for start in range(0, width, BLOCK_N):
         column_ok = start + columns < width
-        g = load_block(
-            first_chunk(dout_ptr, offs_m, stride_do, UNIT, BLOCK_N) + start, True, column_ok, False, not EVEN
-        ).to(tl.float32)
+        g = load_gradient(
+            dout_ptr, dalso_ptr, offs_m, stride_do, width, start, True, column_ok, UNIT, False, not EVEN, BLOCK_N
+        )
         if weight_ptr is not None:
             g *= load_weight(weight_ptr, start, width, ZERO_CENTERED, not EVEN, BLOCK_N)
         keep, x_bias, r_ptrs = None, None, None
@@ -261,8 +275,14 @@ def add_norm_backward(
     grads: Sequence[Tensor | None], saved: Sequence[Tensor | None], options: Options, needs: Sequence[bool]
 ) -> Callable[..., Gradients]:
     """A function of `grads`, `saved` and a list of jobs that launches the pass over the rows: the gradients of x and
-    residual (one tensor where they are equal), and those of weight, bias and x_bias, filled by jobs that it adds."""
-    (dout, dsum), like = grads, Saved(*saved)  # type: ignore[arg-type]
+    residual (one tensor where they are equal), and those of weight, bias and x_bias, filled by jobs that it adds.
+
+    `grads` are those of the output, the sum and, where there is one, the second copy of the output.
+    """
+    like, two = Saved(*saved), len(grads) > 2  # type: ignore[arg-type]
+    dout, dsum, dalso = grads[0], grads[1], grads[2] if two else None
+    if dout is None:
+        dout, dalso = dalso, None
     x, index = like.x, like.x.device.index
     need_x, need_residual, need_weight, need_bias, need_x_bias = needs
     recompute = options.recompute and not (like.residual is like.x_bias is like.seed is None)
@@ -270,12 +290,13 @@ def add_norm_backward(
     alike = dtype == dtype_z
     shared = alike and need_x and need_residual and like.seed is None
     rowwise = all(t is None or t.is_contiguous() for t in (*grads, x, like.residual))
+    as_dout = rowwise and (dout is None or dout.dtype == dtype)
     width, rows_like = x.shape[-1], (dout, dsum, x, like.residual)
     strides = [0 if t is None else row_stride(t) for t in rows_like]
     strides[0] = strides[0] or width  # there is no upstream gradient: zeros
     unit = unit_of(width, *strides)
     units = [stride // unit for stride in strides]
-    warp, per_chunk = gpu.lanes(index), smallest_item(*rows_like, torch.empty((), dtype=dtype))
+    warp, per_chunk = gpu.lanes(index), smallest_item(*rows_like, dalso, dtype)
     many = need_x_bias or (recompute and like.seed is not None)
     parts = width > (MAX_WIDTH_WITH_X_BIAS if many else MAX_WIDTH_IN_REGISTERS)
     # A part of a wide row: 16 elements a thread.
@@ -300,16 +321,16 @@ def add_norm_backward(
     )  # fmt: skip
 
     def run(grads: Sequence[Any], saved: Sequence[Any], jobs: list[Job]) -> Gradients:
-        dout, dsum = grads
+        dout, dsum, dalso = grads[0], grads[1], grads[2] if two else None
         x, residual, weight, bias, x_bias, statistics, seed = saved
         size = x.shape
         if dout is None:
-            dout = x.new_zeros(size, dtype=dtype)
+            dout, dalso = x.new_zeros(size, dtype=dtype) if dalso is None else dalso, None
         dz = dx = partial = means = None
         if need_residual:
-            dz = torch.empty_like(dout) if rowwise and alike else x.new_empty(size, dtype=dtype_z)
+            dz = torch.empty_like(dout) if as_dout and alike else x.new_empty(size, dtype=dtype_z)
         if need_x and not shared:
-            dx = torch.empty_like(dout) if rowwise else x.new_empty(size, dtype=dtype)
+            dx = torch.empty_like(dout) if as_dout else x.new_empty(size, dtype=dtype)
         dweight = torch.empty_like(weight) if need_weight else None  # type: ignore[arg-type]
         dbias = torch.empty_like(bias) if need_bias else None  # type: ignore[arg-type]
         dx_bias = torch.empty_like(x_bias) if need_x_bias else None  # type: ignore[arg-type]
@@ -319,6 +340,7 @@ def add_norm_backward(
             return dz if shared else dx, dz, *found  # type: ignore[return-value]
         if not rowwise:
             dout, dsum, x, residual = (None if t is None else as_rows(t) for t in (dout, dsum, x, residual))
+            dalso = None if dalso is None else as_rows(dalso).contiguous()
         rows_per_program = max(_LEAST_ROWS, -(-rows * column_blocks // (most * shape.block_m)) * shape.block_m)
         programs = -(-rows // rows_per_program)
         tensors = (x, residual, weight, x_bias if recompute else None, statistics, seed)
@@ -331,8 +353,8 @@ def add_norm_backward(
                     offset += width
         if parts:
             means = x.new_empty((1 if options.rms else 2) * rows, dtype=torch.float32)
-            find_means(rows, 1, dout, *tensors, means, rows)
-        go(programs, column_blocks, dout, dsum, *tensors, means, dx, dz, partial, rows, rows_per_program)
+            find_means(rows, 1, dout, dalso, *tensors, means, rows)
+        go(programs, column_blocks, dout, dalso, dsum, *tensors, means, dx, dz, partial, rows, rows_per_program)
         return dz if shared else dx, dz, dweight, dbias, dx_bias
 
     return run

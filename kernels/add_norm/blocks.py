@@ -6,6 +6,7 @@ import functools
 import math
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -68,9 +69,9 @@ def unit_of(width: int, *strides: int) -> int:
     return math.gcd(8, width, *strides)
 
 
-def smallest_item(*tensors: Tensor | None) -> int:
-    """Bytes of the narrowest element among the matrices of a launch."""
-    return min(t.element_size() for t in tensors if t is not None)
+def smallest_item(*matrices: Tensor | torch.dtype | None) -> int:
+    """Bytes of the narrowest element among the matrices of a launch, given as tensors or dtypes."""
+    return min(of.itemsize for of in matrices if of is not None)
 
 
 @triton.jit

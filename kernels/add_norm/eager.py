@@ -12,8 +12,8 @@ TINY = 1.1754944e-38
 """Least normal float32: a variance with eps below it counts as 0."""
 
 
-def add_norm(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
-    """The normalised sum and the sum itself; differentiable."""
+def add_norm(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The normalised sum, the sum itself, and the second copy of the first if there is one; differentiable."""
     x, residual, weight, bias, x_bias, seed = tensors
     dtype = sum_dtype(x, options)
     total = _as(dtype, x)
@@ -23,7 +23,9 @@ def add_norm(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
     if residual is not None:
         total = total + residual
     total = _as(dtype, total)
-    return _as(x.dtype, _norm(total, weight, bias, options)), total
+    normed = _norm(total, weight, bias, options)
+    also = None if options.also_dtype is None else _as(options.also_dtype, normed)
+    return _as(options.out_dtype or x.dtype, normed), total, also
 
 
 def _as(dtype: torch.dtype, t: Tensor) -> Tensor:

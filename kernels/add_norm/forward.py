@@ -30,15 +30,15 @@ from .blocks import (
 
 @triton.jit(do_not_specialize=["stride_x", "stride_r", "rows", "width", "rows_per_program"])
 def add_norm_forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, out_ptr, sum_ptr, statistics_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, out_ptr, also_ptr, sum_ptr, statistics_ptr,
     rows, rows_per_program, stride_x, stride_r, width, eps, dropout_threshold, keep_scale,
     RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, FLOAT32_SUM: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # One program walks over rows_per_program neighbouring rows, BLOCK_M whole rows at a time, each CHUNKS pieces of
-    # BLOCK_N columns in registers. It reads x and residual once and writes the result once (and the sum and one or
-    # two statistics per row where they are needed later); parameters are read once a program. Pointers that are None
-    # are not there; `width` and strides are in units of UNIT elements.
+    # BLOCK_N columns in registers. It reads x and residual once and writes the result once, or once in each of two
+    # dtypes (and the sum and one or two statistics per row where they are needed later); parameters are read once a
+    # program. Pointers that are None are not there; `width` and strides are in units of UNIT elements.
     #   z = residual + dropout(x + x_bias)    out = (z - mean) * rstd * weight + bias    rstd = 1 / sqrt(var + eps)
     # The variance is the mean square of the centred row: no cancellation (Ba et al., 2016, equation 3). RMSNorm has
     # mean 0 instead (Zhang and Sennrich, 2019, equation 4).
@@ -109,6 +109,9 @@ def add_norm_forward_kernel(
             if bias_ptr is not None:
                 out += biases[i]
             store_block(out_ptrs + i * BLOCK_N, out, row_ok, last_ok, ROWS, not EVEN and i == CHUNKS - 1)
+            if also_ptr is not None:
+                ptrs = first_chunk(also_ptr, offs_m, width, 1, BLOCK_N) + i * BLOCK_N
+                store_block(ptrs, out, row_ok, last_ok, ROWS, not EVEN and i == CHUNKS - 1)
         if statistics_ptr is not None:
             tl.store(statistics_ptr + offs_m, rstd, mask=offs_m < last)
             if not RMS:
@@ -117,7 +120,7 @@ def add_norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["stride_x", "stride_r", "rows", "width"])
 def add_norm_wide_forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, out_ptr, sum_ptr, statistics_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, out_ptr, also_ptr, sum_ptr, statistics_ptr,
     rows, stride_x, stride_r, width, eps, dropout_threshold, keep_scale,
     RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, FLOAT32_SUM: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -191,6 +194,9 @@ def add_norm_wide_forward_kernel(
         if bias_ptr is not None:
             out += load_columns(bias_ptr, start, width, not EVEN, BLOCK_N)
         store_block(out_ptrs + start, out, row_ok, column_ok, False, not EVEN)
+        if also_ptr is not None:
+            ptrs = first_chunk(also_ptr, offs_m, width, 1, BLOCK_N) + start
+            store_block(ptrs, out, row_ok, column_ok, False, not EVEN)
 
 
 # With more than a plain sum in flight registers hold less of a row.
@@ -200,17 +206,20 @@ _WIDE_BLOCK, _WIDE_WARPS = 4096, 16
 _PROGRAMS_PER_UNIT = 8  # fill every unit with warps; with more rows than that each program takes more of them
 
 
-Results = tuple[Tensor, Tensor | None, Tensor | None]
+Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""The output, the sum, statistics of the rows and the second copy of the output."""
 
 
 def add_norm_forward(like: Tensors, options: Options, needs: tuple[bool, ...]) -> Callable[..., Results]:
-    """A function of the tensors of a call that launches a kernel: the output, and where they are needed the sum and the
-    reciprocal deviations of all rows, followed by their means (of LayerNorm)."""
+    """A function of the tensors of a call that launches a kernel: the output, and where they are needed the sum, the
+    reciprocal deviations of all rows, followed by their means (of LayerNorm), and a second copy of the output."""
     check_width(like.x)
     x, index = like.x, like.x.device.index
-    width, dtype, of_sum = x.shape[-1], x.dtype, sum_dtype(x, options)
+    width, of_sum = x.shape[-1], sum_dtype(x, options)
+    of_out, of_also = options.out_dtype or x.dtype, options.also_dtype
     store_sum, per_row = stores_sum(like, options, needs), 0 if not needs else 1 if options.rms else 2
     plain = all(t is None or t.is_contiguous() for t in like[:2])
+    as_x, sum_as_out = plain and of_out == x.dtype, of_sum == of_out
     strides = (row_stride(x), 0 if like.residual is None else row_stride(like.residual))
     unit = unit_of(width, *strides)
     fixed = (
@@ -230,7 +239,7 @@ def add_norm_forward(like: Tensors, options: Options, needs: tuple[bool, ...]) -
         )  # fmt: skip
         block_m, most = 1, 1
     else:
-        shape = row_shape(width, smallest_item(x, like.residual), warp)
+        shape = row_shape(width, smallest_item(x, like.residual, of_out, of_also), warp)
         go = launch(
             add_norm_forward_kernel, index, *fixed, **switches, EVEN=width == shape.columns, CHUNKS=shape.chunks,
             BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, num_warps=shape.num_warps,
@@ -241,22 +250,23 @@ def add_norm_forward(like: Tensors, options: Options, needs: tuple[bool, ...]) -
         x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, x_bias: Tensor | None,
         seed: Tensor | None,
     ) -> Results:  # fmt: skip
-        out = torch.empty_like(x) if plain else x.new_empty(x.shape)
+        out = torch.empty_like(x) if as_x else x.new_empty(x.shape, dtype=of_out)
+        also = None if of_also is None else x.new_empty(x.shape, dtype=of_also)
         total = None
         if store_sum:
-            total = torch.empty_like(out) if of_sum == dtype else x.new_empty(x.shape, dtype=of_sum)
+            total = torch.empty_like(out) if sum_as_out else x.new_empty(x.shape, dtype=of_sum)
         rows = x.numel() // width
         statistics = None
         if per_row:
             statistics = x.new_empty(per_row * rows, dtype=torch.float32)
         if not plain:
             x, residual = as_rows(x), None if residual is None else as_rows(residual)
-        tensors = (x, residual, weight, bias, x_bias, seed, out, total, statistics)
+        tensors = (x, residual, weight, bias, x_bias, seed, out, also, total, statistics)
         if rows and wide:
             go(rows, 1, *tensors, rows)
         elif rows:
             rows_per_program = -(-rows // (most * block_m)) * block_m
             go(-(-rows // rows_per_program), 1, *tensors, rows, rows_per_program)
-        return out, total, statistics
+        return out, total, statistics, also
 
     return run

@@ -55,9 +55,9 @@ def _check(tensors: Any, options: Any, sizes: Any, autocast: bool) -> tuple[Prep
 
 def _eager(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor | None]:
     if options.recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out, total = checkpoint(eager.add_norm, tensors, options, use_reentrant=False, preserve_rng_state=False)
+        out, total, _ = checkpoint(eager.add_norm, tensors, options, use_reentrant=False, preserve_rng_state=False)
     else:
-        out, total = eager.add_norm(tensors, options)
+        out, total, _ = eager.add_norm(tensors, options)
     return out, total if stores_sum(tensors, options, ()) else None
 
 
@@ -69,7 +69,7 @@ def _forward(tensors: Tensors, options: Options, sizes: Any, needs: tuple[bool, 
 
 def _keep(tensors: Sequence[Any], results: Sequence[Any], options: Options) -> Saved:
     x, residual, weight, bias, x_bias, seed = tensors
-    _, total, statistics = results
+    total, statistics = results[1:3]
     if options.recompute and not (residual is x_bias is seed is None):
         return Saved(x, residual, weight, bias, x_bias, statistics, seed)
     return Saved(x if total is None else total, None, weight, bias, x_bias, statistics, seed)
@@ -87,7 +87,7 @@ def _backward(
 def _fake(tensors: Tensors, options: Options, sizes: Any, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     x, rows = tensors.x, math.prod(tensors.x.shape[:-1])
     return (
-        x.new_empty(x.shape),
+        x.new_empty(x.shape, dtype=options.out_dtype),
         x.new_empty(x.shape, dtype=sum_dtype(x, options)) if stores_sum(tensors, options, needs) else None,
         x.new_empty(rows if options.rms else 2 * rows, dtype=torch.float32) if needs else None,
     )

@@ -17,7 +17,7 @@ from .plan import Plan, Plans
 _LIBRARY = torch.library.Library("fusenc", "FRAGMENT")
 _SCHEMA_TYPES = {
     "Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "bool": "bool", "bool | None": "bool?",
-    "int": "SymInt", "str": "str", "torch.dtype": "ScalarType",
+    "int": "SymInt", "str": "str", "torch.dtype": "ScalarType", "torch.dtype | None": "ScalarType?",
 }  # fmt: skip
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool)
 Prepare = tuple[tuple[int, Callable[[Tensor], Tensor]], ...]
@@ -45,7 +45,7 @@ class Operation:
     outputs: int
     """How many of `forward`'s results a caller gets; the rest is for the backward pass."""
     results: int
-    """How many results `forward` has."""
+    """How many of `forward`'s results are for callers and for `keep`: the first ones."""
     signature: Callable[..., Hashable]
     """``(*tensors, *sizes)``: what checks and choices depend on, of the tensors."""
     check: Callable[..., tuple[Prepare, Any]]
@@ -245,7 +245,7 @@ class Operation:
         else:
             results = self.eager(tensors, numbers, *sizes)
             results = (*results, *[None] * (self.results - len(results)))
-        return _tensors_only(tensors[0], results)
+        return _tensors_only(tensors[0], results[: self.results])
 
     def _fake_results(self, arguments: Sequence[Any]) -> tuple[Tensor | None, ...]:
         tensors, numbers, sizes, needs = self._split(arguments)

@@ -25,9 +25,9 @@ def embed_norm(tables: Tables, options: Options) -> Tensor:
     weight, bias = tables.norm_weight, tables.norm_bias
     if options.wide:
         z, weight, bias = (None if t is None else t.float() for t in (z, weight, bias))  # type: ignore[assignment]
-    out, _ = add_norm.add_norm(
+    out = add_norm.add_norm(
         NormTensors(z, None, weight, bias, None), NormOptions(eps=options.eps, rms=options.rms, dtype=z.dtype)
-    )
+    )[0]
     out = dropout.dropout(out, tables.seed, options.dropout_p)
     return out if ids.is_cpu else torch.where(_rows_in_range(tables), out, torch.nan)
 

@@ -292,7 +292,7 @@ def _forward(like: Tensors, o: Options, sizes: tuple[int, ...], needs: tuple[boo
         x = src.reshape(-1, width)
         normed, statistics1 = x, None
         if o.norm_first and not o.no_norm1:
-            normed, _, statistics1 = norm1(x, None, t.norm1_weight, t.norm1_bias, None, None)
+            normed, _, statistics1, _ = norm1(x, None, t.norm1_weight, t.norm1_bias, None, None)
         qkv = project.forward(normed, *_of_qkv(t))
         query, key, value = views(qkv, shape, o)
         if t.cos is not None:
@@ -306,18 +306,18 @@ def _forward(like: Tensors, o: Options, sizes: tuple[int, ...], needs: tuple[boo
         projected = F.linear(as_rows(attended, o), t.out_proj_weight)
         weight1, bias1 = stacked((t.weight1, t.up_weight)), stacked((t.bias1, t.up_bias))
         if o.norm_first:
-            between, sum2, statistics2 = norm2(
+            between, sum2, statistics2, _ = norm2(
                 projected, x, t.norm2_weight, t.norm2_bias, t.out_proj_bias, t.projection_seed
             )
             activated, hidden = act(between, weight1, bias1, t.hidden_seed)
             out, sum1 = output(activated, t.weight2, t.bias2, sum2, t.output_seed), x
         else:
-            between, sum1, statistics1 = norm1(
+            between, sum1, statistics1, _ = norm1(
                 projected, x, t.norm1_weight, t.norm1_bias, t.out_proj_bias, t.projection_seed
             )
             activated, hidden = act(between, weight1, bias1, t.hidden_seed)
             out2 = F.linear(activated, t.weight2)
-            out, sum2, statistics2 = norm2(out2, between, t.norm2_weight, t.norm2_bias, t.bias2, t.output_seed)
+            out, sum2, statistics2, _ = norm2(out2, between, t.norm2_weight, t.norm2_bias, t.bias2, t.output_seed)
         return (
             out.view(shape), normed, qkv, attended, statistics, sum1, statistics1, between, hidden,
             None if o.recompute else activated, sum2, statistics2,

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from fusenc.kernels import attention
+from fusenc.kernels import attention, attention_varlen
 from fusenc.packing import PackedTokens, PaddedPacking, pack, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -163,12 +163,17 @@ def test_the_longest_are_packed_last_for_the_modules():
     assert packing.order.tolist() == [3, 0, 2, 1]
 
 
+def attend(packing, query, key, value):
+    starts, longest = packing.cu_seqlens, packing.max_length
+    return attention_varlen(query, key, value, starts, starts, longest, longest)
+
+
 def test_attention_stays_inside_each_sequence():
     keep = torch.rand(5, 9, generator=torch.Generator().manual_seed(0)) > 0.3
     keep[2] = False
     qkv = torch.randn(3, 5, 9, 2, 8, requires_grad=True)
     packing = PaddedPacking(keep)
-    packed = packing.attend(*(packing.pack(t) for t in qkv))
+    packed = attend(packing, *(packing.pack(t) for t in qkv))
     q, k, v = (t.transpose(1, 2) for t in qkv)
     dense = attention(q, k, v, keep[:, None, None, :]).transpose(1, 2)
     torch.testing.assert_close(packed, packing.pack(dense), rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
@@ -179,5 +184,5 @@ def test_attention_stays_inside_each_sequence():
 def test_nothing_but_padding():
     packing = PaddedPacking(torch.zeros(2, 3, dtype=torch.bool))
     packed = packing.pack(torch.randn(2, 3, 2, 4))
-    assert packing.attend(packed, packed, packed).shape == (0, 2, 4)
+    assert attend(packing, packed, packed, packed).shape == (0, 2, 4)
     assert (packing.unpack(packed) == 0).all()

@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import assert_contract
+from contract import assert_contract, compare
 from fusenc.kernels import add_norm, last_backend
+from fusenc.kernels.add_norm import eager
+from fusenc.kernels.add_norm.arguments import Options, Tensors
+from fusenc.kernels.add_norm.op import ADD_NORM
 from fusenc.kernels.common import dropout
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, size_of_a_sum
 
 pytestmark = pytest.mark.kernel
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -383,3 +387,114 @@ def test_some_random_combinations(request, **arguments):
 @random_combinations
 def test_random_combinations(request, **arguments):
     check_combination(request, **arguments)
+
+
+# What a layer under autocast asks of its norms: products are 16 bit, parameters and the residual stream float32.
+STREAM = {"float32_sum": True, "float32_residual": True}
+PLACES = {
+    "post-norm": lambda half: Options(dtype=half, out_dtype=torch.float32, also_dtype=half, **STREAM),
+    "pre-norm, first": lambda half: Options(out_dtype=half),
+    "pre-norm, second": lambda half: Options(dtype=half, return_sum=True, **STREAM),
+}
+
+
+def norm_of_a_layer(place, rows, width, dtype, device, absent=(), **options):
+    """Tensors and options of a call; those named in `absent` are not there."""
+    options = PLACES[place](dtype)._replace(**options)
+    generator, shapes = torch.Generator().manual_seed(5), ((rows, width), (rows, width), *[(width,)] * 3)
+    x, *others = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    seed = torch.tensor([5], device=device) if options.dropout_p else None
+    absent = ("residual", "x_bias", "seed") if place == "pre-norm, first" else absent
+    return Tensors(x.to(options.dtype), *others, seed)._replace(**dict.fromkeys(absent)), options
+
+
+def plain_norm(tensors, options):
+    """Output, sum and second copy by PyTorch's own functions."""
+    x, residual, weight, bias, x_bias, seed = tensors
+    z = x if x.dtype == torch.float64 else x.float()
+    z = z if x_bias is None else z + x_bias
+    z = dropout.dropout(z, seed, options.dropout_p)
+    z = z if residual is None else z + residual
+    size, eps = x.shape[-1:], options.eps
+    out = F.rms_norm(z, size, weight, eps) if options.rms else F.layer_norm(z, size, weight, None, eps)
+    out = out if bias is None else out + bias
+    dtypes = [options.out_dtype or x.dtype, z.dtype, options.also_dtype]
+    return [t and u.to(z.dtype if z.dtype == torch.float64 else t) for t, u in zip(dtypes, (out, z, out), strict=True)]
+
+
+def with_gradients(function, tensors, options, upstream):
+    """Results of a function in PyTorch, and the gradients of its tensors."""
+    leaves = [t if t is None or not t.is_floating_point() else t.detach().requires_grad_() for t in tensors]
+    results = function(Tensors(*leaves), options)
+    pairs = [(r, g.to(r.dtype)) for r, g in zip(results, upstream, strict=True) if g is not None]
+    outs, grads = zip(*pairs, strict=True)
+    wanted = [t for t in leaves[:5] if t is not None]
+    found = iter(torch.autograd.grad(outs, wanted, grads, allow_unused=True, materialize_grads=True))
+    results = [None if r is None else r.detach() for r in results]
+    return results, [None if t is None else next(found) for t in leaves[:5]]
+
+
+def norm_and_gradients(backend, tensors, options, upstream):
+    """The same of what is tested."""
+    if backend == "eager":
+        return with_gradients(eager.add_norm, tensors, options, upstream)
+    needs = tuple(t is not None for t in tensors[:5])
+    results = ADD_NORM.forward(tensors, options, (), needs)(*tensors)
+    saved = ADD_NORM.keep(tensors, results, options)
+    return (*results[:2], results[3]), ADD_NORM.backward(upstream, saved, options, (), needs)(upstream, saved)
+
+
+def check_norm_of_a_layer(backend, tensors, options, given_=("out", "sum", "also")):
+    """Hold the results and all gradients to the contract, each in its own dtype."""
+    pairs = zip(("out", "sum", "also"), plain_norm(tensors, options), strict=True)
+    upstream = [None if r is None or name not in given_ else torch.randn(r.shape).to(r) for name, r in pairs]
+    exact = Tensors(*(t if t is None or not t.is_floating_point() else t.double() for t in tensors))
+    truth, true_grads = with_gradients(plain_norm, exact, options, upstream)
+    plain_results, plain_grads = with_gradients(plain_norm, tensors, options, upstream)
+    got, grads = norm_and_gradients(backend, tensors, options, upstream)
+    for name, g, t, e in zip(("out", "sum", "also"), got, truth, plain_results, strict=True):
+        if g is not None:
+            compare(name, g, t, e, FORWARD_FACTOR, g.dtype)
+    assert (got[2] is None) == (options.also_dtype is None)
+    if got[2] is not None and backend != "interpreter":  # which truncates to bfloat16
+        assert torch.equal(got[2], got[0].to(options.also_dtype))
+    for name, g, t, e in zip(Tensors._fields, grads, true_grads, plain_grads, strict=False):
+        least = size_of_a_sum(0 if name in ("x", "residual") else len(tensors.x))
+        assert (g is None) == (getattr(tensors, name) is None)
+        if g is not None:
+            compare(f"gradient of {name}", g, t, e, GRADIENT_FACTOR, getattr(tensors, name).dtype, least)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("place", list(PLACES))
+@pytest.mark.essential
+def test_norms_of_a_layer_under_autocast(device, backend, place, dtype, rms):
+    check_norm_of_a_layer(backend, *norm_of_a_layer(place, 37, 75, dtype, device, rms=rms, dropout_p=0.3))
+
+
+@pytest.mark.parametrize("width", [1, 16, 513, 768, 4104, 16401])
+@pytest.mark.parametrize("place", list(PLACES))
+def test_widths_of_a_layer_under_autocast(device, backend, place, width):
+    rows, rms, eps = 5 if width > 1000 else 70, width == 768, 0.1 if width == 1 else 1e-5
+    check_norm_of_a_layer(backend, *norm_of_a_layer(place, rows, width, torch.bfloat16, device, rms=rms, eps=eps))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("given_", [("out",), ("also",), ("sum",), ("out", "also"), ("also", "sum")], ids="+".join)
+@pytest.mark.parametrize("absent", [("x_bias",), ("weight", "bias", "x_bias")], ids=["weight, bias", "neither"])
+def test_either_gradient_of_an_output_in_two_dtypes(device, backend, given_, absent):
+    tensors_, options = norm_of_a_layer("post-norm", 37, 75, torch.float16, device, absent)
+    check_norm_of_a_layer(backend, tensors_, options, given_)
+
+
+@pytest.mark.parametrize("width", [60, 9000])
+def test_strides_of_the_gradients_of_an_output_in_two_dtypes(device, backend, width):
+    tensors_, options = norm_of_a_layer("post-norm", 6, width, torch.float16, device, dropout_p=0.2)
+    dout, dalso = torch.randn(6, width + 4, device=device), torch.randn(1, width, device=device).half()
+    upstream = dout[:, 4:], None, dalso.expand(6, width)
+    strided = norm_and_gradients(backend, tensors_, options, upstream)[1]
+    dense = [None if g is None else g.contiguous() for g in upstream]
+    for g, e in zip(strided, norm_and_gradients(backend, tensors_, options, dense)[1], strict=True):
+        assert torch.equal(g, e)

@@ -36,7 +36,7 @@ class Calls:
         self.device = device
         shapes = layer_shapes(WIDTH, HIDDEN)
         weights = LayerWeights(**{name: random(*shape) / shape[-1] ** 0.5 for name, shape in shapes.items()})
-        self.weights = [t.to(device) for t in weights]
+        self.weights = [t.to(device) for t in weights if t is not None]
 
     def tensor(self, values):
         return torch.tensor(values, dtype=torch.int32, device=self.device)

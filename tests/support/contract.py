@@ -28,10 +28,10 @@ def assert_contract(
     got, grads = _run(kernel, rounded)
     truth, true_grads = _run(reference, [t.double() for t in rounded], like=got)
     eager, eager_grads = _run(reference, rounded, like=got)
-    _compare("output", got, truth, eager, FORWARD_FACTOR, dtype)
+    compare("output", got, truth, eager, FORWARD_FACTOR, dtype)
     for i, (g, t, e) in enumerate(zip(grads, true_grads, eager_grads, strict=True)):
         least = max(least_gradient, size_of_a_sum((summed or {}).get(i, 0)))
-        _compare(f"gradient of input {i}", g, t, e, GRADIENT_FACTOR, dtype, least)
+        compare(f"gradient of input {i}", g, t, e, GRADIENT_FACTOR, dtype, least)
 
 
 def _run(function: Function, inputs: list[Tensor], like: Tensor | None = None) -> tuple[Tensor, Sequence[Tensor]]:
@@ -42,9 +42,10 @@ def _run(function: Function, inputs: list[Tensor], like: Tensor | None = None) -
     return out.detach(), torch.autograd.grad(out, leaves, upstream.to(out.dtype))
 
 
-def _compare(
+def compare(
     what: str, got: Tensor, truth: Tensor, eager: Tensor, factor: float, dtype: torch.dtype, least: float = 0.0
 ) -> None:
+    """Hold one result to `factor` times the error of `eager`, plus the floor of `dtype`."""
     assert got.shape == truth.shape and got.dtype == eager.dtype, f"{what}: {got.dtype} {tuple(got.shape)}"
     assert not got.isnan().any(), f"{what}: NaN"
     error = _largest(got.double() - truth)
