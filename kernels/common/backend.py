@@ -40,11 +40,17 @@ def _warn_no_triton() -> None:
     )
 
 
+def autocast_device(x: Tensor) -> str:
+    """The type of device whose autocast counts for `x`. (`x.device.type` alone would cost twice as much.)"""
+    return "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
+
+
 def autocast_enabled(x: Tensor) -> bool:
-    """True if an autocast for the device of `x` is in force. (`x.device.type` alone would cost twice as much.)"""
-    if x.is_cpu or x.is_cuda:
-        return torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
-    device_type = x.device.type  # of which there are some that know no autocast, such as meta
+    """True if an autocast for the device of `x` is in force."""
+    device_type = autocast_device(x)
+    if device_type in ("cpu", "cuda"):
+        return torch.is_autocast_enabled(device_type)
+    # there are some that know no autocast, such as meta
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 

@@ -101,7 +101,7 @@ class Operation:
             if torch.is_grad_enabled():
                 needs = tuple([t is not None and t.requires_grad for t in tensors[: self.differentiable]])
             if torch._C._is_any_autocast_enabled():
-                autocast = _autocast_dtype(tensors[0])
+                autocast = autocast_dtype(tensors[0])
             key = (self.signature(*tensors, *sizes), options, needs, autocast, switches)
             found = self.plans.found.get(key)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
@@ -194,7 +194,7 @@ class Operation:
     # Under torch.compile
 
     def _traced(self, tensors: tuple[Any, ...], options: tuple[Any, ...], sizes: tuple[int, ...]) -> Any:
-        autocast = _autocast_dtype(tensors[0]) if isinstance(tensors[0], Tensor) else None
+        autocast = autocast_dtype(tensors[0]) if isinstance(tensors[0], Tensor) else None
         _, tensors, numbers = self._checked(tensors, options, sizes, autocast)
         other = self._other(tensors, numbers, autocast)
         if other is not None:
@@ -375,9 +375,9 @@ def _draw(drops: tuple[bool, ...], x: Tensor) -> tuple[Tensor | None, ...]:
     return tuple([next(drawn) if each else None for each in drops])
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype of the autocast in force for the device of `x`."""
-    return torch.get_autocast_dtype(x.device.type) if backend.autocast_enabled(x) else None
+    return torch.get_autocast_dtype(backend.autocast_device(x)) if backend.autocast_enabled(x) else None
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -432,7 +432,7 @@ def _without_autocast(like: Tensor) -> Any:
     """Inside, products are of the dtype of their operands: the forward pass has chosen it."""
     if not backend.autocast_enabled(like):
         return contextlib.nullcontext()
-    return torch.autocast(like.device.type, enabled=False)
+    return torch.autocast(backend.autocast_device(like), enabled=False)
 
 
 class _NoSecondDerivative(torch.autograd.Function):

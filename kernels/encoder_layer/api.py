@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..attention.api import Window
+from ..common.operator import autocast_dtype
 from . import parts
 from .arguments import LayerWeights
 from .op import ENCODER_LAYER, checked
@@ -107,7 +109,19 @@ def encoder_layer(
         nhead, batch_first, norm_first, norm, activation, gated, eps1, eps2, scale, is_causal, window, softcap,
         no_norm1, recompute, attn_dropout_p, dropout1_p, dropout_p, dropout2_p,
     )  # fmt: skip
-    tensors = (src, *weights, attn_mask, relative_bias, cos, sin, cu_seqlens)
+    tensors = (src, *weights, attn_mask, relative_bias, _copy_of(src), cos, sin, cu_seqlens)
     if modules:
         return parts.encoder_layer(*checked(tensors, options, max_seqlen), max_seqlen, modules)
-    return ENCODER_LAYER(tensors, options, (max_seqlen, int(not batch_first)))[0]
+    out, copy = ENCODER_LAYER(tensors, options, (max_seqlen, int(not batch_first)))[:2]
+    if copy is not None:
+        out._fusenc_copy = (copy, out._version)
+    return out
+
+
+def _copy_of(src: Tensor) -> Tensor | None:
+    """The copy in autocast's dtype that the layer before left with its output, which nobody has changed since."""
+    found = getattr(src, "_fusenc_copy", None)
+    if found is None or found[1] != src._version or torch.compiler.is_compiling():
+        return None
+    copy: Tensor = found[0]
+    return copy if autocast_dtype(src) is copy.dtype else None

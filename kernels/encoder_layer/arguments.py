@@ -73,6 +73,8 @@ class Tensors(NamedTuple):
     """Four dimensions, each 1 or that of ``[B, H, L, L]``."""
     relative_bias: Tensor | None
     """As in `attention`, ``[1 or H, 2 R + 1]``."""
+    src_half: Tensor | None
+    """Under autocast the source in its dtype, if there is such a copy."""
     cos: Tensor | None
     """As in `rotary`."""
     sin: Tensor | None
@@ -110,6 +112,8 @@ class Options(NamedTuple):
     """0: none."""
     recompute: bool
     """The activation is computed again for the backward pass."""
+    half: torch.dtype | None
+    """Under autocast the dtype of products; what goes from part to part is float32, as are all parameters."""
     attention_p: float = 0.0
     """Probabilities of the dropouts: of the softmax weights, the projection, the hidden layer, the output."""
     projection_p: float = 0.0
@@ -178,7 +182,7 @@ def together(tensors: Sequence[Tensor | None]) -> Tensor | None:
 def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     """Tensors one below the other: a view if they lie so, else a copy; differentiable if a copy."""
     first = tensors[0]
-    if first is None or tensors[1] is None:
+    if first is None or len(tensors) == 1 or tensors[1] is None:
         return first
     if not torch.is_grad_enabled() and lie_together(tensors):
         return together(tensors)

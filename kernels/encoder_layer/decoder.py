@@ -63,8 +63,8 @@ def decoder_layer(
     if unknown := options.keys() - _DEFAULTS.keys():
         raise TypeError(f"decoder_layer: unexpected arguments {', '.join(sorted(unknown))}")
     given = tuple({**_DEFAULTS, **options}.values())
-    t, o = op.checked((src, *weights, attn_mask, None, None, None, None), (nhead, *given), 0)
-    of_memory = Tensors(memory, *across, memory_mask, None, None, None, None)
+    t, o = op.checked((src, *weights, attn_mask, None, None, None, None, None), (nhead, *given), 0)
+    of_memory = Tensors(memory, *across, memory_mask, None, None, None, None, None)
     memory_options = o._replace(
         scale=o.scale if memory_scale is None else float(memory_scale), is_causal=memory_is_causal, left=-1, right=-1,
         softcap=0.0, attention_p=memory_dropout_p, projection_p=across_dropout_p, eps1=across_eps,

@@ -235,7 +235,7 @@ def ffn_backward(
         if out_seed is not None:
             dout, dbias2, _ = drop(dout, None, None, out_seed, bias2, jobs)
         else:
-            dbias2 = torch.sum(dout, 0, dtype=dtype) if need_bias2 else None
+            dbias2 = torch.sum(dout, 0, dtype=bias2.dtype) if need_bias2 else None
             dout = dout if dout.dtype is dtype else dout.to(dtype)
         if need_hidden or need_activated:
             if hidden is None:
