@@ -30,7 +30,8 @@ WAIT_ON_GPU = 3_000_000_000
 
 The host must know how many tokens are real, so it waits once a call, some 30 microseconds; a GPU does some 1e14
 multiply-adds a second in 16-bit products; hence 30e-6 * 1e14. No GPU has measured this assumption yet. It does
-not count that the wait drains the queue of launches, nor that float32 products are several times slower."""
+not count that the wait drains the queue of launches, nor that float32 products are several times slower. Models of
+transformers wait in each call with a mask, to see whether it hides anything: there any padding is removed."""
 
 
 class RealTokens(NamedTuple):
@@ -85,8 +86,9 @@ _WITHOUT_VALUES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchM
 
 
 def real_tokens(
-    padding: str, keep: Tensor, weight: Tensor, *, products: int, num_layers: int, conditions: Sequence[Tensor] = ()
-) -> RealTokens | None:
+    padding: str, keep: Tensor, weight: Tensor, *, products: int, num_layers: int, conditions: Sequence[Tensor] = (),
+    waits_anyway: bool = False,
+) -> RealTokens | None:  # fmt: skip
     """The real tokens of a batch whose padding can and should be removed, else None. `may_remove` comes first.
 
     Args:
@@ -96,15 +98,16 @@ def real_tokens(
         products: multiply-adds of a layer's matrix products for a token.
         num_layers: how many layers run.
         conditions: bool tensors of one element, which must be True for padding to be removed.
+        waits_anyway: a GPU is waited for in such a call even if padding is kept, so that to wait costs nothing.
     """
-    if padding == "auto":
-        if keep.is_cuda and not would_use_triton(weight):
-            return None  # eager attention of packed tokens waits in each layer
-        if not _saves_time(keep, keep.numel(), products, num_layers):
-            return None  # not even if nothing were real
+    decides = padding == "auto" and not (waits_anyway and keep.is_cuda)
+    if padding == "auto" and keep.is_cuda and not would_use_triton(weight):
+        return None  # eager attention of packed tokens waits in each layer
+    if decides and not _saves_time(keep, keep.numel(), products, num_layers):
+        return None  # not even if nothing were real
     tokens = RealTokens.read(keep, conditions)
     saved = 0 if tokens is None else keep.numel() - sum(tokens.counts)
-    if saved == 0 or (padding == "auto" and not _saves_time(keep, saved, products, num_layers)):
+    if saved == 0 or (decides and not _saves_time(keep, saved, products, num_layers)):
         return None
     return tokens
 

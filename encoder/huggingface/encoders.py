@@ -153,7 +153,7 @@ class PaddingFree(nn.Module):
         num_layers = max(len(layers), getattr(getattr(self, "config", None), "num_hidden_layers", 0))
         return real_tokens(
             self.padding, keep, weights[0], products=sum(weight.numel() for weight in weights), num_layers=num_layers,
-            conditions=conditions,
+            conditions=conditions, waits_anyway=True,  # transformers looks at each mask
         )  # fmt: skip
 
     def _all_real(self, inputs: Tensor, attention_mask: Any) -> bool:

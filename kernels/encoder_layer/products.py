@@ -103,7 +103,9 @@ def operands(t: Tensors, o: Options, one: bool) -> Operands:
     qkv, biases = (
         (cast(of, o.half),) if one else tuple([cast((each,), o.half) for each in of]) for of in (qkv, biases)
     )
-    out, second, second_bias = (cast((each,), o.half) for each in (t.out_proj_weight, t.weight2, t.bias2))
+    # After attention and of a post-norm layer after the feed-forward, the norm's kernel adds the bias.
+    second_bias = cast((t.bias2,), o.half) if o.norm_first else None
+    out, second = (cast((each,), o.half) for each in (t.out_proj_weight, t.weight2))
     return Operands(qkv, biases, out, cast(first, o.half), cast(first_bias, o.half), second, second_bias)
 
 

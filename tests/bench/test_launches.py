@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import fusenc
 import pytest
 import torch
 from fusenc.kernels import add_norm, attention, ffn
@@ -72,3 +73,39 @@ def test_frozen_parameters_cost_nothing():
     assert {each.name for each in launched(attention, *heads, frozen=(0,))} == {
         "attention_forward_kernel", "attention_dq_kernel", "attention_dkdv_kernel",
     }  # fmt: skip
+
+
+def launches_of_a_bert_layer(autocast, packed):
+    """By name, forward and backward: those of three layers less those of two, dropouts off."""
+    from fusenc.bench.launches import _counting
+
+    transformers = pytest.importorskip("transformers")
+    found = []
+    for layers in (3, 2):
+        config = transformers.BertConfig(
+            hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=128, vocab_size=50,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        encoder = transformers.BertModel(config, add_pooling_layer=False).encoder
+        assert not fusenc.fuse(encoder, padding="remove").left
+        keep = torch.arange(16) < torch.tensor([[16], [7]])
+        mask = keep[:, None, None].expand(-1, 1, 16, -1) if packed else None
+        x = torch.randn(2, 16, 64, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), _counting() as forward:
+            out = encoder(x, attention_mask=mask).last_hidden_state
+        with _counting() as backward:
+            out.backward(torch.ones_like(out))
+        found.append((forward(), backward()))
+    (more, more_back), (less, less_back) = found
+    return more - less, more_back - less_back
+
+
+@compiles
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_a_hugging_face_layer_launches_seven_kernels_forward_and_twelve_backward(autocast, packed):
+    """Query, key and value take one product. Casts of weights and of their gradients are counted apart."""
+    forward, backward = launches_of_a_bert_layer(autocast, packed)
+    casts, casts_back = forward.pop("_to_copy", 0), backward.pop("_to_copy", 0)
+    assert forward.total() == 7 and backward.total() == 12, (forward, backward)
+    assert (casts, casts_back) == ((6, 4) if autocast else (0, 0))  # of four weights and of two biases
