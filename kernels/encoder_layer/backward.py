@@ -31,7 +31,6 @@ def layer_backward(
 ) -> Callable[..., Any]:
     """Sums over rows (norms' parameters, biases) are collected and added up by the programs of the last attention
     kernel, or at the end; a key's bias has the gradient 0."""
-
     need: Any = Tensors._make([*needs, *[False] * (_FIELDS - len(needs))])
     like: Any = Tensors._make(saved[:_FIELDS])
     first_grad = next(g for g in grads if g is not None)
@@ -77,7 +76,7 @@ def layer_backward(
         if half is None:
             w, _, out_weight, first, _, second, _ = operands(t, o, project.one)
         else:
-            w, (out_weight, first, second) = kept[:3], kept[3:]
+            w, (out_weight, first, second) = kept[:3] if kept[1] is not None else kept[:1], kept[3:]
         shape = (dout_half if dout is None else dout).shape
         jobs: list[Any] = []
         do, do_half = (None if d is None else d.reshape(-1, width) for d in (dout, dout_half))
@@ -121,14 +120,9 @@ def layer_backward(
                 dbias = qkv.new_empty(qkv.shape[1], dtype=parameter)
             into = views(dqkv, shape, o)
             *_, dmask, drelative = attend(
-                (dattended, None),
-                AttentionSaved(*inputs, attended, statistics),
-                length,
-                length,
-                into=into,
-                jobs=jobs,
+                (dattended, None), AttentionSaved(*inputs, attended, statistics), length, length, into=into, jobs=jobs,
                 dbias=dbias,
-            )
+            )  # fmt: skip
             if t.cos is not None:
                 turn_back(*into[:2], t.cos, t.sin, None)
             if needs_bias:

@@ -198,7 +198,7 @@ def _forward(tensors: Tensors, options: Options, sizes: Any, needs: tuple[bool, 
 
 
 def _keep(tensors: Sequence[Any], results: Sequence[Any], options: Options) -> tuple[Any, ...]:
-    return (*tensors, *results[2:])
+    return (None, *tensors[1:], *results[2:])  # of the source, what is needed is among the results
 
 
 def _backward(grads: Any, saved: Any, options: Options, sizes: Any, needs: Sequence[bool]) -> Callable[..., Any]:

@@ -51,8 +51,8 @@ class Projections:
 
     def of_input(self, dout: Tensor, weights: Sequence[Any], added_to: Tensor | None) -> Tensor:
         """The gradient of `x`, added to another one if there is one."""
-        parts = (dout,) if self.one else dout.split(self.widths, 1)
-        for part, weight in zip(parts, weights, strict=False):
+        parts = (dout,) if len(weights) == 1 else dout.split(self.widths, 1)
+        for part, weight in zip(parts, weights, strict=True):
             added_to = torch.mm(part, weight) if added_to is None else torch.addmm(added_to, part, weight)
         return added_to  # type: ignore[return-value]
 
@@ -96,7 +96,7 @@ def operands(t: Tensors, o: Options, one: bool) -> Operands:
         (t.weight1,), (t.bias1,),
     )  # fmt: skip
     if o.half is None:
-        if one:
+        if one and (len(qkv) == 1 or (lie_together(qkv) and lie_together(biases))):  # hooks may have restored copies
             qkv, biases = (together(qkv),), (together(biases),)
         out, second, second_bias = t.out_proj_weight, t.weight2, t.bias2
         return Operands(qkv, biases, out, stacked(first), stacked(first_bias), second, second_bias)

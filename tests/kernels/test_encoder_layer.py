@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -236,6 +238,23 @@ def hold_together(src, weights, form, norm_first, options):
         out = encoder_layer(src, join(leaves), HEADS, norm_first=norm_first, **options)
         results.append(output_and_gradients(out, leaves))
     assert_same(results[1], results[0], SAME_ALGORITHM)
+
+
+def test_weights_that_hooks_restore_apart(device):
+    """Which lay together in the forward pass, and in the backward pass of one call still do."""
+    src, weights = tensors((2, 35, 48), device=device)
+    given, join = split(separate(weights, True))
+    results = []
+    for restore in (None, lambda t: t, torch.clone):
+        leaves = [t.detach().requires_grad_() for t in (src, *given)]
+        hooks = contextlib.nullcontext()
+        if restore is not None:
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, restore)
+        with hooks:
+            out = encoder_layer(leaves[0], join(leaves[1:]), HEADS)
+        results.append(output_and_gradients(out, leaves))
+    assert_same(results[1], results[0], SAME_ALGORITHM)
+    assert_same(results[2], results[0], SAME_ALGORITHM)
 
 
 def test_the_first_layer_without_a_norm(device):

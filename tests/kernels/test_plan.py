@@ -310,7 +310,8 @@ STRIDED = {
         [(3, WIDTH), (WIDTH,), (WIDTH,)],
     ),
     "encoder_layer": (
-        lambda x, *w: encoder_layer(x, LayerWeights(*w), HEADS), [(2, 5, WIDTH), *[t.shape for t in layer_weights()[:12]]],
+        lambda x, *w: encoder_layer(x, LayerWeights(*w), HEADS),
+        [(2, 5, WIDTH), *[t.shape for t in layer_weights()[:12]]],
     ),
     "encoder_layer, packed": (
         lambda x, *w: encoder_layer(
