@@ -15,7 +15,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operators that allocate or describe memory and launch nothing; views are known by their schema.
-_NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach", "_reshape_alias", "alias")
+_NO_KERNEL = (
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "resize_",
+    "_unsafe_view",
+    "detach",
+    "_reshape_alias",
+    "alias",
+)
 
 
 class _Operators(TorchDispatchMode):

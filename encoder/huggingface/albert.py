@@ -43,7 +43,8 @@ class _Adapter(BertKind):
         return {
             "scale": attention.scaling, "activation": activation(layer.activation),
             "eps1": at(attention, "LayerNorm").eps, "eps2": at(layer, "full_layer_layer_norm").eps,
-            "attn_dropout_p": rate(attention, "attention_dropout"), "dropout1_p": rate(attention, "output_dropout"),
+            "attn_dropout_p": rate(attention, "attention_dropout", attention),
+            "dropout1_p": rate(attention, "output_dropout"),
         }  # fmt: skip
 
 

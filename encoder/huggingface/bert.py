@@ -72,8 +72,8 @@ class _Adapter(BertKind):
         return {
             "scale": at(attention, "self").scaling, "activation": activation(intermediate.intermediate_act_fn),
             "eps1": at(attention, "output.LayerNorm").eps, "eps2": at(layer, "output.LayerNorm").eps,
-            "attn_dropout_p": rate(attention, "self.dropout"), "dropout1_p": rate(attention, "output.dropout"),
-            "dropout2_p": rate(layer, "output.dropout"),
+            "attn_dropout_p": rate(attention, "self.dropout", at(attention, "self")),
+            "dropout1_p": rate(attention, "output.dropout"), "dropout2_p": rate(layer, "output.dropout"),
         }  # fmt: skip
 
 

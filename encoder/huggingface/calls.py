@@ -55,6 +55,8 @@ def flattened_starts(given: dict[str, Any], query: Tensor, key: Tensor) -> tuple
             checks.fail_value(name, f"a batch of one row, in which all texts lie, not of {t.shape[0]}", given[name])
         if isinstance(length, Tensor):
             length = int(length) if readable(length) else t.shape[1]
+        elif isinstance(length, int):
+            length = min(length, t.shape[1])  # more changes nothing
         check_starts(name, given[name], f"max_length_{which}", length, t)
         if not torch.compiler.is_compiling():
             require_starts(name, given[name], t.shape[1], f"max_length_{which}", length)
@@ -103,7 +105,7 @@ def asks_for_more(given: dict[str, Any], served: frozenset[str]) -> bool:
     return False
 
 
-def serves(x: Any, attention_mask: Any, norm_weight: Tensor) -> bool:
+def serves(x: Any, attention_mask: Any, norm_weight: Tensor | None) -> bool:
     """True if the fused forwards do what a call on these hidden states and this mask asks for."""
     if not isinstance(x, Tensor):
         return False
@@ -114,4 +116,6 @@ def serves(x: Any, attention_mask: Any, norm_weight: Tensor) -> bool:
     recorded = collected()
     if "attentions" in recorded or "cross_attentions" in recorded:
         return False
-    return norm_weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)  # under it norms are float32
+    if norm_weight is None or norm_weight.dtype == x.dtype:
+        return True
+    return torch.is_autocast_enabled(x.device.type)  # under it norms are float32

@@ -40,7 +40,8 @@ class _Adapter(BertKind):
         return {
             "scale": at(layer, "attention").scaling, "activation": activation(at(layer, "ffn").activation),
             "eps1": at(layer, "sa_layer_norm").eps, "eps2": at(layer, "output_layer_norm").eps,
-            "attn_dropout_p": rate(layer, "attention.dropout"), "dropout2_p": rate(layer, "ffn.dropout"),
+            "attn_dropout_p": rate(layer, "attention.dropout", at(layer, "attention")),
+            "dropout2_p": rate(layer, "ffn.dropout"),
         }  # fmt: skip
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from .. import kernels
 from ..kernels.attention.eager import MAX_HEAD_DIM
+from ..kernels.encoder_layer import neighbours
 from ..modules import has_hooks, why_not_plain
 from .calls import Call, asks_for_more, by_name, require_known, serves
 from .stock import CAPTURE
@@ -160,7 +160,10 @@ def parameters(layer: Any, places: Mapping[str, str]) -> tuple[kernels.LayerWeig
         module = at(layer, path)
         weight, bias = _FIELDS[name]
         own = module.__dict__["_parameters"]
-        if "weight" not in own or (name not in _NORMS and type(module) not in (nn.Linear, Conv1D)):
+        if name in _NORMS:
+            if "weight" not in own:  # a tensor that is no parameter
+                own = {"weight": module.weight, "bias": getattr(module, "bias", None)}
+        elif "weight" not in own or type(module) not in (nn.Linear, Conv1D):
             modules[name] = module
             own = {"weight": module.weight, "bias": module.bias}
         found[weight] = own["weight"].t() if is_transposed(module) else own["weight"]
@@ -206,14 +209,15 @@ def is_lora(module: Any) -> bool:
 
 
 def activation(module: Any) -> Any:
-    """The kernels' name of an activation, or the activation itself."""
-    return ACTIVATIONS.get(type(module), module)
+    """The kernels' name of an activation, or the activation itself, which also has its hooks called."""
+    name = ACTIVATIONS.get(type(module))
+    return module if name is None or has_hooks(module) else name
 
 
-def rate(layer: Any, path: str) -> float:
-    """The rate of a dropout module, 0 in evaluation."""
+def rate(layer: Any, path: str, holder: Any = None) -> float:
+    """The rate of a dropout module, 0 in evaluation, of itself or of the `holder` that reads its rate."""
     dropout = at(layer, path)
-    return dropout.p if dropout.training else 0.0  # type: ignore[no-any-return]
+    return dropout.p if (dropout if holder is None else holder).training else 0.0  # type: ignore[no-any-return]
 
 
 def causal_without_mask(attention: Any, attention_mask: Tensor | None, given: dict[str, Any]) -> bool:
@@ -229,39 +233,13 @@ _GROUPS = (("in_proj", "k_proj", "v_proj"), ("weight1", "up"))
 
 
 def lay_together(layer: Any) -> None:
-    """Let the weights of query, key and value lie one behind the other in one storage, so that one product does for
-    them, and those of a gate and what it gates; likewise their biases.
-
-    The parameters stay the same objects: only their data move. Left as they are: parameters that are no plain tensors,
-    or share their memory with others.
-    """
+    """Let the weights of query, key and value lie one behind the other, so that one product does for them, and those of
+    a gate and what it gates; likewise their biases. The parameters stay the same objects: only their data move."""
     if not isinstance(layer, FusedLayer):
         return
     places = layer.adapter.weights_of(layer)
     for group in _GROUPS:
         modules = [at(layer, places[name]) for name in group if name in places]
-        if len(modules) != len(group) or any(type(module) is not nn.Linear for module in modules):
-            continue
-        for name in ("weight", "bias"):
-            _lay_together([module._parameters.get(name) for module in modules])
-
-
-def _lay_together(tensors: list[Any]) -> None:
-    if any(type(t) is not nn.Parameter or type(t.data) is not Tensor for t in tensors):
-        return
-    if torch.is_inference_mode_enabled():
-        return
-    first = tensors[0]
-    for t in tensors:
-        if t.dtype != first.dtype or t.device != first.device or t.device.type == "meta" or not t.is_contiguous():
-            return
-        if t.is_inference() or t.untyped_storage().nbytes() != t.numel() * t.element_size() or _is_shared(t):
-            return  # also where they lie together already
-    with torch.no_grad():
-        whole = torch.cat([t.detach() for t in tensors])
-        for t, part in zip(tensors, whole.split([t.shape[0] for t in tensors]), strict=True):
-            t.data = part
-
-
-def _is_shared(t: Tensor) -> bool:
-    return t.is_cpu and t.is_shared()  # of a GPU's torch says so always
+        if len(modules) == len(group) and all(type(module) is nn.Linear for module in modules):
+            for name in ("weight", "bias"):
+                neighbours.lay_together([module._parameters.get(name) for module in modules])

@@ -177,15 +177,16 @@ def _check_operands(query: Any, key: Any, value: Any, enable_gqa: bool, packed: 
         checks.fail_value("value", f"shape [{', '.join(map(str, key.shape[:-1]))}, Dv], to go with key", value)
 
 
-def check_mask(attn_mask: Any, query: Tensor, full: Sequence[int]) -> None:
-    """Raise unless `attn_mask` is a bool or floating tensor that broadcasts to `full`, on the device of `query`."""
+def check_mask(attn_mask: Any, query: Tensor, full: Sequence[int], name: str = "attn_mask") -> None:
+    """Raise unless a mask, called `name`, is a bool or floating tensor that broadcasts to `full`, on the device of
+    `query`."""
     if not isinstance(attn_mask, Tensor) or not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
-        checks.fail_type("attn_mask", "a bool or floating tensor", attn_mask)
+        checks.fail_type(name, "a bool or floating tensor", attn_mask)
     sizes = zip(reversed(attn_mask.shape), reversed(full), strict=False)
     if attn_mask.dim() > 4 or not all(n in (1, m) for n, m in sizes):
-        checks.fail_value("attn_mask", f"a shape that broadcasts to [B, H, Lq, Lk] = {list(full)}", attn_mask)
+        checks.fail_value(name, f"a shape that broadcasts to [B, H, Lq, Lk] = {list(full)}", attn_mask)
     if attn_mask.device != query.device:
-        checks.fail_value("attn_mask", f"device {query.device}, that of query", attn_mask)
+        checks.fail_value(name, f"device {query.device}, that of query", attn_mask)
 
 
 def four_dimensions(mask: Tensor) -> Tensor:

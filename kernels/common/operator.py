@@ -108,8 +108,10 @@ class Operation:
             key = None  # no tensors, or such that have no memory (torch.func, fake tensors)
         if found is None:
             found = self._plan(tensors, options, sizes, needs, autocast)
-            # A tensor among the options may change, and another thread may have set another backend meanwhile.
-            if key is not None and switches is plan.switches and not any(isinstance(o, Tensor) for o in options):
+            # A tensor among the options may change, a function would be kept alive with all that it knows, and another
+            # thread may have set another backend meanwhile.
+            fixed = not any(isinstance(o, Tensor) or callable(o) for o in options)
+            if key is not None and switches is plan.switches and fixed:
                 self.plans.add(key, found)
         found.recent = True
         if found.prepare:

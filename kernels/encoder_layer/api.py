@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..attention.api import Window
+from ..common import checks
 from ..common.operator import autocast_dtype
 from . import parts
 from .arguments import LayerWeights
-from .op import ENCODER_LAYER, checked
+from .op import ENCODER_LAYER, checked, require_modules
 from .parts import NONE, Modules
 
 
@@ -104,13 +105,20 @@ def encoder_layer(
         >>> torch.allclose(encoder_layer(x, weights, 4), layer(x), atol=1e-5)
         True
     """
-    cos, sin = rotary or (None, None)
+    if not isinstance(weights, LayerWeights):
+        checks.fail_type("weights", "a LayerWeights", weights)
+    cos = sin = None
+    if rotary is not None:
+        if not isinstance(rotary, tuple) or len(rotary) != 2:
+            checks.fail_type("rotary", "a pair (cos, sin) of tensors", rotary)
+        cos, sin = rotary
     options = (
         nhead, batch_first, norm_first, norm, activation, gated, eps1, eps2, scale, is_causal, window, softcap,
         no_norm1, recompute, attn_dropout_p, dropout1_p, dropout_p, dropout2_p,
     )  # fmt: skip
     tensors = (src, *weights, attn_mask, relative_bias, _copy_of(src), cos, sin, cu_seqlens)
     if modules:
+        require_modules(modules, weights)
         return parts.encoder_layer(*checked(tensors, options, max_seqlen), max_seqlen, modules)
     out, copy = ENCODER_LAYER(tensors, options, (max_seqlen, int(not batch_first)))[:2]
     if copy is not None:

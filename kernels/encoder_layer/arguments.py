@@ -37,8 +37,8 @@ class LayerWeights(NamedTuple):
     norm2_weight: Tensor | None
     norm2_bias: Tensor | None
     k_proj_weight: Tensor | None = None
-    """``[Hk D, E]``. Where query, key and value lie one behind the other in one storage, or gate and up do, they take
-    one product, else one each."""
+    """``[Hk D, E]``. Where query, key and value lie one behind the other in memory, as `fusenc.fuse` puts them, or gate
+    and up do, they take one product, else one each."""
     k_proj_bias: Tensor | None = None
     v_proj_weight: Tensor | None = None
     v_proj_bias: Tensor | None = None
@@ -152,38 +152,3 @@ def as_heads(rows: Tensor, attended: Tensor, o: Options) -> Tensor:
     if o.batch_first:
         return rows.view(batch, length, nhead, head_dim).transpose(1, 2)
     return rows.view(length, batch, nhead, head_dim).permute(1, 2, 0, 3)
-
-
-def lie_together(tensors: Sequence[Tensor | None]) -> bool:
-    """True if tensors are contiguous and lie one behind the other in one storage; True too if all are None."""
-    first = tensors[0]
-    if first is None:
-        return all(t is None for t in tensors)
-    at, offset, size = first.data_ptr(), first.storage_offset(), first.element_size()
-    for t in tensors:
-        if t is None or t.data_ptr() != at or t.storage_offset() != offset or not t.is_contiguous():
-            return False
-        if t.dtype != first.dtype or t.device != first.device:
-            return False
-        count = t.numel()
-        at, offset = at + count * size, offset + count
-    return True
-
-
-def together(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """Tensors that lie together as one, a view."""
-    first = tensors[0]
-    if first is None or len(tensors) == 1:
-        return first
-    rows = sum(t.shape[0] for t in tensors if t is not None)
-    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
-
-
-def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """Tensors one below the other: a view if they lie so, else a copy; differentiable if a copy."""
-    first = tensors[0]
-    if first is None or len(tensors) == 1 or tensors[1] is None:
-        return first
-    if not torch.is_grad_enabled() and lie_together(tensors):
-        return together(tensors)
-    return torch.cat(tensors)  # type: ignore[arg-type]

@@ -20,7 +20,8 @@ from ..ffn.backward import ffn_backward
 from ..rotary.eager import Options as RotaryOptions
 from ..rotary.eager import Tensors as RotaryTensors
 from ..rotary.forward import rotate
-from .arguments import Options, Tensors, as_heads, as_rows, attention_options, stacked, views
+from .arguments import Options, Tensors, as_heads, as_rows, attention_options, views
+from .neighbours import stacked
 from .products import Projections, all_three, norm_options, operands
 
 _FIELDS = len(Tensors._fields)
@@ -142,8 +143,8 @@ def layer_backward(
         sums(jobs)
         if half is not None:
             dweight1, dweight2 = (d if d is None else d.to(parameter) for d in (dweight1, dweight2))
-        dgate, dup = (dweight1, None) if t.up_weight is None or dweight1 is None else dweight1.chunk(2)
-        dgate_bias, dup_bias = (dbias1, None) if t.up_bias is None or dbias1 is None else dbias1.chunk(2)
+        dgate, dup = (dweight1, None) if t.up_weight is None or dweight1 is None else torch.unsafe_chunk(dweight1, 2)
+        dgate_bias, dup_bias = (dbias1, None) if t.up_bias is None or dbias1 is None else torch.unsafe_chunk(dbias1, 2)
         (din_weight, dk_weight, dv_weight), (din_bias, dk_bias, dv_bias) = dqkv_weights, dqkv_biases
         dsrc, dsrc_half = (None if d is None else d.view(shape) for d in (dsrc, dsrc_half))
         return (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import lie_together, together
+from .neighbours import stacked
 
 
 class _Region:
@@ -51,7 +51,7 @@ def cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
     if first is None:
         return None
     if all(t is not None and t.dtype == dtype for t in tensors):
-        return together(tensors) if lie_together(tensors) else torch.cat(tensors)  # type: ignore[arg-type]
+        return stacked(tensors)
     casts = _region(first).casts
     key = (*map(id, tensors), dtype)
     found = casts.get(key)
@@ -59,7 +59,7 @@ def cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
     if found is not None and found[1] == versions and all(a is b for a, b in zip(found[0], tensors, strict=True)):
         return found[2]
     with torch.no_grad():
-        whole = together(tensors) if lie_together(tensors) else torch.cat(tensors)  # type: ignore[arg-type]
-        copy = whole.to(dtype)  # type: ignore[union-attr]
+        whole: Any = stacked(tensors)
+        copy = whole.to(dtype)
     casts[key] = (tuple(tensors), versions, copy)
     return copy

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..attention.op import check_mask
+from ..common import backend, checks
 from . import op, parts
 from .arguments import LayerWeights, Tensors
 from .parts import NONE, Modules
@@ -62,8 +64,34 @@ def decoder_layer(
     """
     if unknown := options.keys() - _DEFAULTS.keys():
         raise TypeError(f"decoder_layer: unexpected arguments {', '.join(sorted(unknown))}")
+    if options.get("no_norm1"):
+        checks.fail_value("no_norm1", "False in a decoder layer", True)
+    for name, of in (("weights", weights), ("across", across)):
+        if not isinstance(of, LayerWeights):
+            checks.fail_type(name, "a LayerWeights", of)
+    if across.k_proj_weight is None or across.v_proj_weight is None:
+        checks.fail_value("across", "weights of their own for key and value, k_proj_weight and v_proj_weight", None)
+    if memory_scale is not None and not memory_scale > 0.0:
+        checks.fail_value("memory_scale", "a number above 0, or None", memory_scale)
+    checks.not_negative("across_eps", across_eps)
+    for name, p in (("memory_dropout_p", memory_dropout_p), ("across_dropout_p", across_dropout_p)):
+        checks.dropout_probability(p, name)
+    op.require_modules(modules, weights)
+    op.require_modules(across_modules, across)
     given = tuple({**_DEFAULTS, **options}.values())
     t, o = op.checked((src, *weights, attn_mask, None, None, None, None, None), (nhead, *given), 0)
+    autocast = backend.autocast_enabled(src)
+    checks.floating_tensor("memory", memory)
+    if not autocast:
+        checks.same_kind("memory", memory, "src", src)
+    batch = 0 if o.batch_first else 1
+    if memory.dim() != 3 or memory.shape[batch] != src.shape[batch] or memory.shape[2] != src.shape[2]:
+        checks.fail_value("memory", f"the batch and the width of src, {tuple(src.shape)}", memory)
+    others = {n: getattr(weights, n) for n in ("weight1", "bias1", "weight2", "bias2", "up_weight", "up_bias")}
+    op.check_weights(src, across._replace(**others), nhead, o.gated, autocast)
+    if memory_mask is not None:
+        full = (src.shape[batch], nhead, src.shape[1 - batch], memory.shape[1 - batch])
+        check_mask(memory_mask, src, full, "memory_mask")
     of_memory = Tensors(memory, *across, memory_mask, None, None, None, None, None)
     memory_options = o._replace(
         scale=o.scale if memory_scale is None else float(memory_scale), is_causal=memory_is_causal, left=-1, right=-1,

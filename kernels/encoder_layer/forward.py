@@ -12,7 +12,7 @@ from ..add_norm.forward import add_norm_forward
 from ..attention.arguments import Tensors as AttentionTensors
 from ..attention.forward import attention_forward
 from ..common import plan
-from ..ffn.forward import linear_act_forward, output_forward
+from ..ffn.forward import linear_act_forward, output_forward, with_rows_of
 from ..rotary.eager import Options as RotaryOptions
 from ..rotary.eager import Tensors as RotaryTensors
 from ..rotary.forward import rotate
@@ -75,8 +75,9 @@ def layer_forward(like: Tensors, o: Options, sizes: tuple[int, ...], needs: tupl
             out, sum2, statistics2, out_half = norm2(out2, after1, t.norm2_weight, t.norm2_bias, t.bias2, t.output_seed)
         kept = (None,) * 6 if half is None else (*w.qkv, *[None] * (3 - len(w.qkv)), w.out, w.first, w.second)
         return (
-            out.view(shape), out_half if out_half is None else out_half.view(shape), normed, qkv, attended, statistics,
-            sum1, statistics1, between, hidden, None if o.recompute else activated, sum2, statistics2, *kept,
+            with_rows_of(src, out), None if out_half is None else with_rows_of(src, out_half), normed, qkv, attended,
+            statistics, sum1, statistics1, between, hidden, None if o.recompute else activated, sum2, statistics2,
+            *kept,
         )  # fmt: skip
 
     return run

@@ -22,8 +22,8 @@ from .arguments import (
     LayerWeights,
     Options,
     Tensors,
-    lie_together,
 )
+from .neighbours import find
 
 _WEIGHTS = len(LayerWeights._fields)
 _FIELDS = len(Tensors._fields)
@@ -53,9 +53,9 @@ def _signature(src: Tensor, *rest: Any) -> Hashable:
     width, rows, inner, k, up = shape[-1], weights[0].shape[0], weights[2].shape[-1], weights[12], weights[16]
     if k is not None:
         rows += 2 * k.shape[0]
-        joined = lie_together((weights[0], k, weights[14])), lie_together((weights[1], weights[13], weights[15]))
+        joined = _together((weights[0], k, weights[14])), _together((weights[1], weights[13], weights[15]))
     if up is not None:
-        joined = joined, lie_together((weights[6], up)), lie_together((weights[7], weights[17]))
+        joined = joined, _together((weights[6], up)), _together((weights[7], weights[17]))
     return (
         plan.of_rows(src), len(shape), batch_second and batch, UNITS[length * (rows | inner) & 15],
         starts is None and length & 15 == 0,  # as attention's signature
@@ -63,6 +63,10 @@ def _signature(src: Tensor, *rest: Any) -> Hashable:
         src.dtype is torch.float32 and compat.tf32_allowed(), plan.of_parameters(weights),
         plan.of_parameter(relative_bias), src_half is not None and plan.of_rows(src_half),
     )  # fmt: skip
+
+
+def _together(tensors: tuple[Tensor | None, ...]) -> bool:
+    return find(tensors)[0]
 
 
 def _check(tensors: Any, options: Any, sizes: tuple[int, ...], autocast: bool) -> tuple[Prepare, Options]:
@@ -84,7 +88,7 @@ def _check(tensors: Any, options: Any, sizes: tuple[int, ...], autocast: bool) -
         expected = "[T, E] beside cu_seqlens" if packed else "[B, L, E] without cu_seqlens"
         checks.fail_value("src", expected, src)
     weights = LayerWeights(*tensors[1:_MASK])
-    head_dim, kv_nhead = _check_weights(src, weights, nhead, gated, autocast)
+    head_dim, kv_nhead = check_weights(src, weights, nhead, gated, autocast)
     if packed:
         check_starts("cu_seqlens", cu_seqlens, "max_seqlen", sizes[0], src)
         batch, length = cu_seqlens.shape[0] - 1, sizes[0]
@@ -113,7 +117,7 @@ def _check(tensors: Any, options: Any, sizes: tuple[int, ...], autocast: bool) -
     )  # fmt: skip
 
 
-def _check_weights(src: Tensor, weights: LayerWeights, nhead: Any, gated: bool, autocast: bool) -> tuple[int, int]:
+def check_weights(src: Tensor, weights: LayerWeights, nhead: Any, gated: bool, autocast: bool) -> tuple[int, int]:
     """Raise for parameters that do not fit each other; size of a head, and how many key and value have."""
     for name in ("in_proj_weight", "out_proj_weight", "weight1"):
         value = getattr(weights, name)
@@ -128,6 +132,9 @@ def _check_weights(src: Tensor, weights: LayerWeights, nhead: Any, gated: bool, 
         checks.fail_value("weights.v_proj_weight", "a tensor just where k_proj_weight is one", weights.v_proj_weight)
     if weights.up_weight is not None and not gated:
         checks.fail_value("weights.up_weight", "None without gated", weights.up_weight)
+    for name, needed in (("up_bias", "up_weight"), ("k_proj_bias", "k_proj_weight"), ("v_proj_bias", "v_proj_weight")):
+        if getattr(weights, name) is not None and getattr(weights, needed) is None:
+            checks.fail_value(f"weights.{name}", f"None without {needed}", getattr(weights, name))
     if of_key is None:
         kv_rows = max(rows - inner, 0) // 2
     else:
@@ -181,6 +188,21 @@ def by_parts(o: Options) -> Callable[..., tuple[Tensor, None]]:
         return parts.encoder_layer(t, o, max_seqlen), None
 
     return run
+
+
+MODULES = {
+    **{name: f"{name}_weight" for name in ("in_proj", "k_proj", "v_proj", "out_proj", "up")},
+    "weight1": "weight1", "weight2": "weight2",
+}  # fmt: skip
+"""The weights in whose place there may be a module, by the module's name."""
+
+
+def require_modules(modules: parts.Modules, weights: LayerWeights) -> None:
+    """Raise ValueError for a module that takes the place of no weight."""
+    there = [name for name, weight in MODULES.items() if getattr(weights, weight) is not None]
+    for name in modules:
+        if name not in there:
+            checks.fail_value("modules", f"names of weights that are there: {', '.join(there)}", name)
 
 
 def checked(tensors: tuple[Any, ...], options: tuple[Any, ...], max_seqlen: int) -> tuple[Tensors, Options]:

@@ -16,7 +16,8 @@ from ..common.backend import would_use_triton
 from ..ffn import ffn
 from ..ffn.eager import activate
 from ..rotary import rotary
-from .arguments import Options, Tensors, lie_together, stacked, together
+from .arguments import Options, Tensors
+from .neighbours import find, stacked, without_derivatives
 
 Modules = Mapping[str, Callable[[Tensor], Tensor]]
 """What takes the place of a product, by the name of its weight without ``_weight``."""
@@ -78,8 +79,10 @@ def attention_part(
     names = ["in_proj", "k_proj", "v_proj"]
     if t.k_proj_weight is None:
         names = names[:1]
-    elif source is x and not modules and _without_gradients() and lie_together(weights) and lie_together(biases):
-        weights, biases, names = [together(weights)], [together(biases)], names[:1]  # type: ignore[list-item]
+    elif source is x and not modules and without_derivatives():
+        (joined, weight), (joined_biases, bias) = find(weights), find(biases)
+        if joined and joined_biases:
+            weights, biases, names = [weight], [bias], names[:1]  # type: ignore[list-item]
     inputs = (x, source, source)
     found = [_linear(y, n, w, b, modules) for y, n, w, b in zip(inputs, names, weights, biases, strict=False)]
     heads = [each.unflatten(-1, (-1, o.head_dim)) for each in found]
@@ -87,10 +90,6 @@ def attention_part(
         heads = list(heads[0].split((o.nhead, o.kv_nhead, o.kv_nhead), -2))
     out = attend(*heads, t, o, max_seqlen)
     return _linear(out, "out_proj", t.out_proj_weight, t.out_proj_bias, modules)
-
-
-def _without_gradients() -> bool:
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, t: Tensors, o: Options, max_seqlen: int) -> Tensor:
@@ -128,7 +127,8 @@ def feed_forward(
     up = () if t.up_weight is None else ((t.up_weight, t.up_bias),)
     whole = isinstance(activation, str) and not modules.keys() & {"weight1", "up", "weight2"}
     if whole and (not up or would_use_triton(x)):
-        weight, bias = stacked((t.weight1, t.up_weight)), stacked((t.bias1, t.up_bias))
+        stack: Any = stacked if without_derivatives() else _concatenated
+        weight, bias = stack((t.weight1, t.up_weight)), stack((t.bias1, t.up_bias))
         return ffn(
             x, weight, bias, t.weight2, t.bias2, activation=activation, gated=o.gated, dropout_p=o.hidden_p,
             out_dropout_p=p, residual=residual, recompute="activation" if o.recompute else False,
@@ -143,6 +143,10 @@ def feed_forward(
     hidden = F.dropout(hidden if rest is None else hidden * rest, o.hidden_p)
     out = F.dropout(_linear(hidden, "weight2", t.weight2, t.bias2, modules), p)
     return out if residual is None else residual + out
+
+
+def _concatenated(tensors: tuple[Any, Any]) -> Any:
+    return tensors[0] if tensors[1] is None else torch.cat(tensors)
 
 
 def _linear(x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, modules: Modules) -> Tensor:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..add_norm.arguments import Options as NormOptions
-from .arguments import Options, Tensors, lie_together, stacked, together
+from .arguments import Options, Tensors
 from .casts import cast
+from .neighbours import find, stacked
 
 
 def norm_options(o: Options, dtype: torch.dtype) -> tuple[NormOptions, NormOptions]:
@@ -35,7 +36,7 @@ class Projections:
         weights, biases = of_qkv(t)
         self.widths = [weight.shape[0] for weight in weights]
         self.one = len(weights) == 1 or (half and len({bias is None for bias in biases}) == 1)
-        self.one = self.one or (not half and lie_together(weights) and lie_together(biases))
+        self.one = self.one or (not half and find(weights)[0] and find(biases)[0])
 
     def forward(self, x: Tensor, weights: Sequence[Any], biases: Sequence[Any]) -> Tensor:
         """``[T, widths of all]``"""
@@ -59,7 +60,7 @@ class Projections:
     def of_weights(self, dout: Tensor, x: Tensor, needs: Sequence[bool], dtype: torch.dtype) -> list[Tensor | None]:
         """Those of the weights, at their places."""
         if self.one and any(needs):
-            gradients: Sequence[Any] = torch.mm(dout.t(), x).to(dtype).split(self.widths)
+            gradients: Sequence[Any] = torch.unsafe_split_with_sizes(torch.mm(dout.t(), x).to(dtype), self.widths)
         else:
             parts = zip(dout.split(self.widths, 1), needs, strict=True)
             gradients = [torch.mm(part.t(), x).to(dtype) if need else None for part, need in parts]
@@ -67,7 +68,7 @@ class Projections:
 
     def of_biases(self, dbias: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
         """Those of the biases, from the one of all."""
-        return _three(dbias.split(self.widths), needs)
+        return _three(torch.unsafe_split_with_sizes(dbias, self.widths), needs)
 
 
 def _three(gradients: Sequence[Any], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -96,8 +97,9 @@ def operands(t: Tensors, o: Options, one: bool) -> Operands:
         (t.weight1,), (t.bias1,),
     )  # fmt: skip
     if o.half is None:
-        if one and (len(qkv) == 1 or (lie_together(qkv) and lie_together(biases))):  # hooks may have restored copies
-            qkv, biases = (together(qkv),), (together(biases),)
+        (joined, weight), (joined_biases, bias) = find(qkv), find(biases)
+        if one and joined and joined_biases:  # hooks may have restored copies
+            qkv, biases = (weight,), (bias,)
         out, second, second_bias = t.out_proj_weight, t.weight2, t.bias2
         return Operands(qkv, biases, out, stacked(first), stacked(first_bias), second, second_bias)
     qkv, biases = (

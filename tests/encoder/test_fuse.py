@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import families
 import fusenc
 import pytest
 import torch
@@ -29,7 +30,7 @@ def small_model(family, **options):
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         family, vocab_size=100, hidden_size=48, num_attention_heads=4, intermediate_size=64, num_hidden_layers=2,
-        pad_token_id=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options,
+        pad_token_id=1, **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **options},
     )  # fmt: skip
     return AutoModel.from_config(config)
 
@@ -406,3 +407,79 @@ def test_embeddings_that_are_left(change, reason):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fusenc.kernels, "embed_norm", None)  # not called
         embeddings(IDS)
+
+
+def hidden_of(model):
+    with torch.no_grad():
+        return model(torch.arange(2, 10)[None]).last_hidden_state
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_hook_on_an_activation_is_called(when):
+    model = small_model("bert").eval()
+    fusenc.fuse(model) if when == "after" else None
+    hidden_of(model)
+    model.encoder.layer[0].intermediate.intermediate_act_fn.register_forward_hook(lambda module, args, out: out * 0)
+    fusenc.unfuse(model)
+    expected = hidden_of(model)
+    assert not fusenc.fuse(model).left
+    torch.testing.assert_close(hidden_of(model), expected, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+
+
+def test_fuse_moves_no_memory_that_others_hold(tmp_path):
+    """Tied parameters, a state_dict that was taken before, an average made of it; and models can be saved as before."""
+    save_model = pytest.importorskip("safetensors.torch").save_model
+    model = small_model("bert").eval()
+    attention = model.encoder.layer[0].attention.self
+    attention.key.weight.data = attention.query.weight.data
+    before = model.state_dict()["encoder.layer.1.attention.self.value.weight"]
+    fusenc.fuse(model)
+    with torch.no_grad():
+        attention.query.weight.fill_(7.0)
+        model.encoder.layer[1].attention.self.value.weight.fill_(7.0)
+    assert (attention.key.weight == 7).all() and (before == 7).all()
+    other = small_model("roberta")
+    fusenc.fuse(other)
+    save_model(other, tmp_path / "model.safetensors")
+    torch.save(other.encoder.layer[0].attention.self.query.state_dict(), tmp_path / "one.pt")
+    weight = other.encoder.layer[0].attention.self.query.weight
+    assert (tmp_path / "one.pt").stat().st_size < 2 * weight.nbytes
+
+
+def test_an_ensemble_by_vmap():
+    model = small_model("bert").eval()
+    stacked = {name: t.detach() for name, t in torch.func.stack_module_state([model, model])[0].items()}
+    expected = hidden_of(model)
+    fusenc.fuse(model)
+    ids = (torch.arange(2, 10)[None],)
+    with torch.no_grad():
+        got = torch.vmap(lambda p: torch.func.functional_call(model, p, ids).last_hidden_state)(stacked)
+    torch.testing.assert_close(got[1], expected, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+
+
+def test_dropout_of_attention_goes_by_the_attention():
+    """Modules of dropout in training within a layer that is not: attention reads the rate alone."""
+    model = small_model("bert", attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    fusenc.fuse(model)
+    assert torch.equal(hidden_of(model), hidden_of(model))
+
+
+def test_norms_without_parameters_or_with_plain_tensors():
+    t5, vit = (families.small_model(name).eval() for name in ("t5", "vit"))
+    norm = t5.encoder.block[0].layer[0].layer_norm
+    weight = norm.weight.detach().clone()
+    del norm.weight
+    norm.weight = weight
+    (vit.layers if hasattr(vit, "layers") else vit.encoder.layer)[0].layernorm_after = nn.LayerNorm(
+        48, elementwise_affine=False
+    )
+    for model in (t5, vit):
+        inputs = families.batch("dense", model=model)
+        with torch.no_grad():
+            expected = model(**inputs).last_hidden_state
+            assert not fusenc.fuse(model).left
+            got = model(**inputs).last_hidden_state
+        torch.testing.assert_close(got, expected, rtol=0, atol=10 * SAME_ALGORITHM * float(expected.abs().max()))

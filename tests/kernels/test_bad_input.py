@@ -12,6 +12,7 @@ from fusenc.kernels import (
     attention_varlen,
     attention_weights,
     attention_with_weights,
+    decoder_layer,
     encoder_layer,
     ffn,
     get_backend,
@@ -252,6 +253,20 @@ def test_ffn(arguments, options, error, named):
         ({"attn_mask": torch.zeros(3, 3)}, ValueError, "attn_mask"),
         ({"src": torch.randn(2, 5, 48, dtype=torch.float64)}, TypeError, r"weights\.in_proj_weight"),
         ({"src": torch.randn(2, 5, 48, device="meta")}, ValueError, r"weights\.in_proj_weight"),
+        ({"rotary": torch.ones(5, 8)}, TypeError, "rotary"),
+        ({"rotary": (torch.ones(5, 8),) * 3}, TypeError, "rotary"),
+        ({"rotary": (torch.ones(5, 8), None)}, TypeError, "rotary"),
+        ({"weights": (torch.ones(2),) * 12}, TypeError, "weights"),
+        ({"scale": -1.0}, ValueError, "scale"),
+        ({"norm": "batch"}, ValueError, "norm"),
+        ({"window": (1, -2)}, ValueError, "window"),
+        ({"relative_bias": torch.zeros(3, 4)}, ValueError, "relative_bias"),
+        ({"modules": {"q_proj": torch.relu}}, ValueError, "modules"),
+        ({"modules": {"k_proj": torch.relu}}, ValueError, "modules"),
+        ({"of_weights": {"up_bias": torch.zeros(70)}}, ValueError, r"weights\.up_bias"),
+        ({"of_weights": {"v_proj_bias": torch.zeros(48)}}, ValueError, r"weights\.v_proj_bias"),
+        ({"of_weights": {"up_weight": torch.zeros(70, 48)}}, ValueError, r"weights\.up_weight"),
+        ({"of_weights": {"k_proj_weight": torch.zeros(48, 48)}}, ValueError, r"weights\.v_proj_weight"),
     ],
 )
 def test_encoder_layer(change, error, names):
@@ -262,8 +277,34 @@ def test_encoder_layer(change, error, names):
         layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias, norm2.weight, norm2.bias,
     )  # fmt: skip
     arguments = {"src": torch.randn(2, 5, 48), "weights": weights, "nhead": 3} | change
+    if "of_weights" in change:
+        arguments["weights"] = weights._replace(**arguments.pop("of_weights"))
     with pytest.raises(error, match=f"^{names}: expected"):
         encoder_layer(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "names"),
+    [
+        ({"memory": None}, TypeError, "memory"),
+        ({"memory": torch.randn(2, 7, 48).half()}, TypeError, "memory"),
+        ({"memory": torch.randn(3, 7, 48)}, ValueError, "memory"),
+        ({"across": {"k_proj_weight": None}}, ValueError, "across"),
+        ({"across": {"v_proj_weight": torch.randn(48, 32)}}, ValueError, r"weights\.v_proj_weight"),
+        ({"memory_mask": torch.zeros(5, 9)}, ValueError, "memory_mask"),
+        ({"memory_scale": -1.0}, ValueError, "memory_scale"),
+        ({"no_norm1": True, "norm_first": True}, ValueError, "no_norm1"),
+        ({"memory_dropout_p": 2.0}, ValueError, "memory_dropout_p"),
+        ({"rotary": (None, None)}, TypeError, "decoder_layer"),
+    ],
+)
+def test_decoder_layer(change, error, names):
+    w, vector = torch.randn(48, 48), torch.randn(48)
+    weights = LayerWeights(w, None, w, None, vector, None, w, None, w, None, vector, None, w, None, w, None)
+    arguments = {"src": torch.randn(2, 5, 48), "nhead": 3, "memory": torch.randn(2, 7, 48), **change}
+    across = weights._replace(**arguments.pop("across", {}))
+    with pytest.raises(error, match=f"^{names}: "):
+        decoder_layer(weights=weights, across=across, **arguments)
 
 
 def test_unknown_activation_lists_the_known_ones():

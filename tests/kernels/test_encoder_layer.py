@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from contract import assert_contract, assert_same, compare, output_and_gradients
 from fusenc.kernels import LayerWeights, encoder_layer, last_backend, rotary_tables, use_backend
 from fusenc.kernels.common import plan
-from fusenc.kernels.encoder_layer import op
+from fusenc.kernels.encoder_layer import neighbours, op
 from fusenc.kernels.encoder_layer.op import ENCODER_LAYER
 from tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, HALF_PRECISION, SAME_ALGORITHM, size_of_a_sum
 
@@ -39,28 +39,34 @@ def tensors(shape, hidden=70, device="cpu", biases=True):
     return src, weights
 
 
-def separate(weights, together, kv_heads=HEADS):
-    """The same with weights of their own for query, key and value, in one storage or each in one."""
+def separate(weights, kv_heads=HEADS):
+    """The same with weights of their own for query, key and value."""
     head_dim = weights.out_proj_weight.shape[1] // HEADS
     sizes = [HEADS * head_dim, kv_heads * head_dim, kv_heads * head_dim]
     found = {}
     for kind, whole in (("weight", weights.in_proj_weight), ("bias", weights.in_proj_bias)):
-        whole = whole if together else whole[: sum(sizes)]
-        for name, part in zip(("in_proj", "k_proj", "v_proj"), whole.split(sizes), strict=True):
-            found[f"{name}_{kind}"] = part if together else part.clone()
+        for name, part in zip(("in_proj", "k_proj", "v_proj"), whole[: sum(sizes)].split(sizes), strict=True):
+            found[f"{name}_{kind}"] = part.clone()
     return weights._replace(**found)
 
 
-def gated(weights, separately=False, together=False):
+def gated(weights, separately=False):
     """The same with a gated feed-forward of the same hidden size."""
     generator = torch.Generator().manual_seed(2)
     up = torch.randn(weights.weight1.shape, generator=generator).to(weights.weight1) * weights.weight1.std()
     up_bias = torch.randn(weights.bias1.shape, generator=generator).to(weights.bias1)
-    weight, bias = torch.cat((weights.weight1, up)), torch.cat((weights.bias1, up_bias))
-    if not separately:
-        return weights._replace(weight1=weight, bias1=bias)
-    (w1, w2), (b1, b2) = (t.chunk(2) if together else [p.clone() for p in t.chunk(2)] for t in (weight, bias))
-    return weights._replace(weight1=w1, up_weight=w2, bias1=b1, up_bias=b2)
+    if separately:
+        return weights._replace(up_weight=up, up_bias=up_bias)
+    return weights._replace(weight1=torch.cat((weights.weight1, up)), bias1=torch.cat((weights.bias1, up_bias)))
+
+
+def lay_together(weights):
+    """Query, key and value one behind the other, and gate and up."""
+    for kind in ("weight", "bias"):
+        neighbours.lay_together([getattr(weights, f"{name}_{kind}") for name in ("in_proj", "k_proj", "v_proj")])
+        if weights.up_weight is not None:
+            neighbours.lay_together([getattr(weights, f"{kind}1"), getattr(weights, f"up_{kind}")])
+    return weights
 
 
 def plain(
@@ -188,16 +194,14 @@ FORMS = {
     "rms": (lambda w: w._replace(norm1_bias=None, norm2_bias=None), {"norm": "rms"}),
     "gated": (gated, {"gated": True, "activation": "silu"}),
     "gate and up apart": (lambda w: gated(w, True), {"gated": True}),
-    "gate and up together": (lambda w: gated(w, True, True), {"gated": True}),
-    "query, key and value together": (lambda w: separate(w, True), {}),
-    "query, key and value apart": (lambda w: separate(w, False), {}),
-    "no bias of the key": (lambda w: separate(w, False)._replace(k_proj_bias=None), {}),
-    "fewer heads of key and value": (lambda w: separate(w, False, 1), {}),
+    "query, key and value apart": (separate, {}),
+    "no bias of the key": (lambda w: separate(w)._replace(k_proj_bias=None), {}),
+    "fewer heads of key and value": (lambda w: separate(w, 1), {}),
     "fewer heads in one weight": (
         lambda w: w._replace(in_proj_weight=w.in_proj_weight[:80], in_proj_bias=w.in_proj_bias[:80]), {},
     ),
     "rotary": (lambda w: w, {"rotary": rotary_tables(35, 16)}),
-    "rotary, fewer heads": (lambda w: separate(w, False, 1), {"rotary": rotary_tables(35, 16)}),
+    "rotary, fewer heads": (lambda w: separate(w, 1), {"rotary": rotary_tables(35, 16)}),
     "window": (lambda w: w, {"window": (4, 7)}),
     "softcap and scale": (lambda w: w, {"softcap": 1.5, "scale": 0.4}),
     "relative bias": (lambda w: w, {"relative_bias": torch.linspace(-2, 2, HEADS * 13).view(HEADS, 13)}),
@@ -220,41 +224,79 @@ def test_form(device, backend, form, norm_first):
         if isinstance(value, torch.Tensor) else value
         for name, value in options.items()
     }  # fmt: skip
-    if "together" in form:
-        # Gradients of leaves that share a storage: the contract's copies would not, so the layer is given views.
-        hold_together(src, weights, form, norm_first, placed)
-    else:
-        hold(src, of_layer, torch.float32, norm_first=norm_first, **placed)
+    hold(src, of_layer, torch.float32, norm_first=norm_first, **placed)
     assert last_backend() == backend
 
 
-def hold_together(src, weights, form, norm_first, options):
-    """Weights that lie together against the same weights apart."""
-    change, _ = FORMS[form]
-    given, join = split(change(weights))
-    results = []
-    for copied in (True, False):
-        leaves = [(t.clone() if copied else t.detach()).requires_grad_() for t in given]
-        out = encoder_layer(src, join(leaves), HEADS, norm_first=norm_first, **options)
-        results.append(output_and_gradients(out, leaves))
-    assert_same(results[1], results[0], SAME_ALGORITHM)
-
-
-def test_weights_that_hooks_restore_apart(device):
-    """Which lay together in the forward pass, and in the backward pass of one call still do."""
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize("change", [separate, lambda w: gated(separate(w, 1), True)], ids=["", "gated, fewer heads"])
+def test_weights_that_lie_together(device, change, norm_first):
+    """As apart; moved apart again; and where saved tensors come back apart, or not as they were before."""
     src, weights = tensors((2, 35, 48), device=device)
-    given, join = split(separate(weights, True))
-    results = []
-    for restore in (None, lambda t: t, torch.clone):
-        leaves = [t.detach().requires_grad_() for t in (src, *given)]
+    given, join = split(change(weights))
+    options = {"norm_first": norm_first, "gated": len(given) > 16}
+
+    def run(leaves, restore=None):
         hooks = contextlib.nullcontext()
         if restore is not None:
             hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, restore)
         with hooks:
-            out = encoder_layer(leaves[0], join(leaves[1:]), HEADS)
-        results.append(output_and_gradients(out, leaves))
-    assert_same(results[1], results[0], SAME_ALGORITHM)
-    assert_same(results[2], results[0], SAME_ALGORITHM)
+            out = encoder_layer(leaves[0], join(leaves[1:]), HEADS, **options)
+        return output_and_gradients(out, leaves)
+
+    leaves = [t.clone().requires_grad_() for t in (src, *given)]
+    expected = run(leaves)
+    before = [id(t) for t in leaves]
+    weights = lay_together(join(leaves[1:]))
+    assert before == [id(t) for t in leaves] and not any(t._base is not None for t in leaves)
+    assert neighbours.find((weights.in_proj_weight, weights.k_proj_weight, weights.v_proj_weight))[0]
+    for restore in (None, lambda t: t, torch.clone, lambda t: t):
+        assert_same(run(leaves, restore), expected, SAME_ALGORITHM)
+    with torch.no_grad():
+        weights.k_proj_weight.data = weights.k_proj_weight.clone()
+    assert not neighbours.find((weights.in_proj_weight, weights.k_proj_weight, weights.v_proj_weight))[0]
+    assert_same(run(leaves), expected, SAME_ALGORITHM)
+
+
+def test_only_memory_of_their_own_is_moved():
+    def fresh():
+        return [torch.randn(4, 4).requires_grad_() for _ in range(3)]
+
+    together = fresh()
+    neighbours.lay_together(together)
+    assert neighbours.find(together)[0] and not neighbours.find(together[::-1])[0]
+    assert not neighbours.find([together[0], together[1].detach(), together[2]])[0]
+    for spoil in (
+        lambda t: t.detach(), lambda t: t.detach().numpy(), lambda t: t.share_memory_(),
+        lambda t: setattr(t, "data", t.t()), lambda t: setattr(t, "data", torch.randn(8, 4)[4:]),
+        lambda t: setattr(t, "data", t.half()),
+    ):  # fmt: skip
+        tensors = fresh()
+        at, held = [t.data_ptr() for t in tensors], spoil(tensors[1])
+        at[1] = tensors[1].data_ptr()
+        neighbours.lay_together(tensors)
+        assert [t.data_ptr() for t in tensors] == at and not neighbours.find(tensors)[0], held
+    kept = len(neighbours._wholes)
+    del together
+    assert len(neighbours._wholes) == kept - 1
+
+
+def test_a_tangent_of_weights_that_lie_together():
+    """no_grad does not stop forward-mode differentiation."""
+    src, weights = tensors((2, 5, 48))
+    weights = lay_together(LayerWeights(*(None if t is None else t.clone() for t in separate(weights))))
+    tangent = torch.ones_like(weights.v_proj_weight)
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        dual = weights._replace(v_proj_weight=torch.autograd.forward_ad.make_dual(weights.v_proj_weight, tangent))
+        out = encoder_layer(src, dual, HEADS, softcap=50.0)  # which torch's own attention does not serve
+        assert torch.autograd.forward_ad.unpack_dual(out).tangent is not None
+
+
+def test_the_output_may_be_changed_in_place(device):
+    src, weights = tensors((2, 5, 48), device=device)
+    out = encoder_layer(src.requires_grad_(), weights, HEADS)
+    out += 1
+    assert out.sum().backward() is None
 
 
 def test_the_first_layer_without_a_norm(device):
