@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -29,11 +30,12 @@ ACTIVATIONS = {
 IMPLEMENTATIONS = frozenset({"eager", "sdpa", "fusenc", "fusenc_flash"})
 """Implementations of attention that the fused forwards stand in for; others may compute something else."""
 
-_NORMS = ("norm1", "norm2")
+_NORMS = frozenset({"norm1", "norm2"})
 _FIELDS = {
     name: (f"{name}_weight", f"{name}_bias") for name in ("in_proj", "k_proj", "v_proj", "out_proj", "up", *_NORMS)
 } | {"weight1": ("weight1", "bias1"), "weight2": ("weight2", "bias2")}
-"""The fields of `kernels.LayerWeights` by the names that adapters use."""
+_PLACES = {name: tuple(map(kernels.LayerWeights._fields.index, pair)) for name, pair in _FIELDS.items()}
+"""Where in `kernels.LayerWeights` the weight and the bias lie, by the names that adapters use."""
 
 
 class Adapter:
@@ -154,18 +156,21 @@ class FusedLayer(nn.Module):
 
 def parameters(layer: Any, places: Mapping[str, str]) -> tuple[kernels.LayerWeights, dict[str, Any]]:
     """The parameters at these places, and the modules that are called instead of multiplying by one."""
-    found: dict[str, Any] = dict.fromkeys(kernels.LayerWeights._fields)
+    found: list[Any] = [None] * len(kernels.LayerWeights._fields)
     modules = {}
     for name, path in places.items():
         module = at(layer, path)
-        weight, bias = _FIELDS[name]
+        weight, bias = _PLACES[name]
         own = module.__dict__["_parameters"]
-        if "weight" not in own or (name not in _NORMS and type(module) not in (nn.Linear, Conv1D)):
-            modules[name] = module
-            own = {"weight": module.weight, "bias": module.bias}
-        found[weight] = own["weight"].t() if is_transposed(module) else own["weight"]
+        if "weight" in own and (type(module) is nn.Linear or name in _NORMS):
+            found[weight] = own["weight"]
+        else:
+            if "weight" not in own or type(module) is not Conv1D:
+                modules[name] = module
+                own = {"weight": module.weight, "bias": module.bias}
+            found[weight] = own["weight"].t() if is_transposed(module) else own["weight"]
         found[bias] = own.get("bias")
-    return kernels.LayerWeights(**found), modules
+    return kernels.LayerWeights._make(found), modules
 
 
 def is_transposed(module: Any) -> bool:
@@ -173,9 +178,14 @@ def is_transposed(module: Any) -> bool:
     return type(module) is Conv1D or (is_lora(module) and type(module.base_layer) is Conv1D)
 
 
+@functools.cache
+def _names(path: str) -> list[str]:
+    return path.split(".")
+
+
 def at(module: Any, path: str) -> Any:
     """The submodule of a path."""
-    for name in path.split("."):
+    for name in _names(path):
         module = module.__dict__["_modules"][name]
     return module
 
@@ -218,11 +228,11 @@ def rate(layer: Any, path: str) -> float:
 
 def causal_without_mask(attention: Any, attention_mask: Tensor | None, given: dict[str, Any]) -> bool:
     """Whether the stock attention would be causal: without a mask that is, and by its own word or that of the call."""
-    config = getattr(attention, "config", None)
-    if attention_mask is not None or config is None or config._attn_implementation == "eager":
-        return False
     asked = given.get("is_causal")
-    return bool(getattr(attention, "is_causal", True) if asked is None else asked)
+    if attention_mask is not None or not (getattr(attention, "is_causal", True) if asked is None else asked):
+        return False
+    config = getattr(attention, "config", None)  # last, as to look into a configuration takes microseconds
+    return config is not None and config._attn_implementation != "eager"
 
 
 _GROUPS = (("in_proj", "k_proj", "v_proj"), ("weight1", "up"))
