@@ -122,6 +122,8 @@ class FusedLayer(nn.Module):
     """An encoder layer on the fused kernels; mixed into a subclass of the family's own."""
 
     adapter: ClassVar[Adapter]
+    recompute: bool = False
+    """Whether the backward pass computes the activation again instead of keeping it; `fuse` sets it."""
 
     @classmethod
     def why_not_fused(cls, layer: Any) -> str:
@@ -146,6 +148,7 @@ class FusedLayer(nn.Module):
             x = packing.pack(x) if x.dim() == 3 else x
             options["cu_seqlens"], options["max_seqlen"] = packing.cu_seqlens, packing.max_length
         options |= adapter.options_of_call(self, x, given, call)
+        options["recompute"] = self.recompute
         return adapter.results(adapter.run(self, x, options), given)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
