@@ -69,9 +69,9 @@ def fuse(
             (`FuseReport.padding`). A module of another class around an encoder is trusted not to read padded
             positions. "remove": encoders remove padding wherever that can be done. "keep": never. It becomes the
             attribute `padding` of each fused encoder, which can be set later too.
-        recompute: layers compute the activation of the feed-forward again in the backward pass instead of keeping it, so
-            a training step keeps 12 instead of 16 elements for each element of the hidden states, where the hidden
-            layer is 4 times as wide. It becomes the attribute `recompute` of each fused encoder layer.
+        recompute: layers compute the feed-forward's activation again in the backward pass instead of keeping it, so a
+            training step keeps 12 instead of 16 elements for each element of the hidden states, where the hidden layer
+            is 4 times as wide. It becomes the attribute `recompute` of each fused encoder layer.
 
     Returns:
         What is fused, and what was left and why. A model without a known layer is unchanged.
