@@ -80,7 +80,7 @@ def _tiny(directions: tuple[str, ...], device: Device) -> list[Case]:
 
 _LENGTH, _WIDTH, _HIDDEN, _HEADS, _IDS = 8, 64, 128, 4, 100
 _ROW, _HEAD = (1, _LENGTH, _WIDTH), (1, _LENGTH, _HEADS, _WIDTH // _HEADS)
-_NORM = ((_WIDTH,), (_WIDTH,))
+_NORM, _SQUARE = ((_WIDTH,), (_WIDTH,)), ((_WIDTH, _WIDTH), (_WIDTH,))
 _BLOCK = ((_HIDDEN, _WIDTH), (_HIDDEN,), (_WIDTH, _HIDDEN), (_WIDTH,))
 
 
@@ -144,10 +144,34 @@ def _ours_layer(src: Tensor, *weights: Tensor) -> Tensor:
 
 def _layer(src: Tensor, *weights: Tensor) -> Tensor:
     (in_weight, in_bias, out_weight, out_bias, norm1, norm1_bias, *block, norm2, norm2_bias) = weights
-    projected = F.linear(src, in_weight, in_bias).unflatten(-1, (3, _HEADS, -1))
-    attended = _sdpa(*(t.transpose(1, 2) for t in projected.unbind(-3))).transpose(1, 2).flatten(-2)
-    x = F.layer_norm(src + F.linear(attended, out_weight, out_bias), (_WIDTH,), norm1, norm1_bias)
+    projected = F.linear(src, in_weight, in_bias).chunk(3, -1)
+    x = F.layer_norm(src + F.linear(_heads(*projected), out_weight, out_bias), (_WIDTH,), norm1, norm1_bias)
     return F.layer_norm(x + _ffn(x, *block), (_WIDTH,), norm2, norm2_bias)
+
+
+def _heads(*projected: Tensor) -> Tensor:
+    heads = (t.unflatten(-1, (_HEADS, -1)).transpose(1, 2) for t in projected)
+    return _sdpa(*heads).transpose(1, 2).flatten(-2)
+
+
+def _ours_decoder(src: Tensor, memory: Tensor, *weights: Tensor) -> Tensor:
+    (*itself, q, q_bias, k, k_bias, v, v_bias) = weights[:12]
+    across, rest = weights[12:16], weights[16:]
+    of = fusenc.kernels.LayerWeights
+    return _ours("decoder_layer")(
+        src, of(*itself, *rest), _HEADS, memory, of(q, q_bias, *across, *rest, k, k_bias, v, v_bias)
+    )
+
+
+def _decoder(src: Tensor, memory: Tensor, *weights: Tensor) -> Tensor:
+    (in_weight, in_bias, out_weight, out_bias, norm1, norm1_bias, *across) = weights[:16]
+    (q, q_bias, k, k_bias, v, v_bias, out2_weight, out2_bias, norm2, norm2_bias) = across
+    (*block, norm3, norm3_bias) = weights[16:]
+    projected = F.linear(src, in_weight, in_bias).chunk(3, -1)
+    x = F.layer_norm(src + F.linear(_heads(*projected), out_weight, out_bias), (_WIDTH,), norm1, norm1_bias)
+    attended = _heads(F.linear(x, q, q_bias), F.linear(memory, k, k_bias), F.linear(memory, v, v_bias))
+    x = F.layer_norm(x + F.linear(attended, out2_weight, out2_bias), (_WIDTH,), norm2, norm2_bias)
+    return F.layer_norm(x + _ffn(x, *block), (_WIDTH,), norm3, norm3_bias)
 
 
 def _ffn(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
@@ -185,7 +209,11 @@ FUNCTIONS = {
     "ffn": Function(lambda *tensors: _ours("ffn")(*tensors), _ffn, (_ROW, *_BLOCK)),
     "encoder_layer": Function(
         _ours_layer, _layer,
-        (_ROW, (3 * _WIDTH, _WIDTH), (3 * _WIDTH,), (_WIDTH, _WIDTH), (_WIDTH,), *_NORM, *_BLOCK, *_NORM),
+        (_ROW, (3 * _WIDTH, _WIDTH), (3 * _WIDTH,), *_SQUARE, *_NORM, *_BLOCK, *_NORM),
+    ),
+    "decoder_layer": Function(
+        _ours_decoder, _decoder,
+        (_ROW, _ROW, (3 * _WIDTH, _WIDTH), (3 * _WIDTH,), *_SQUARE, *_NORM, *_SQUARE * 4, *_NORM, *_BLOCK, *_NORM),
     ),
 }  # fmt: skip
 

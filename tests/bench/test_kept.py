@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import fusenc
 import pytest
 import torch
+from fusenc.bench import measure, timing
+from fusenc.bench.cases import layer as layer_cases
+from fusenc.bench.cases.case import Point
 from fusenc.bench.kept import kept_bytes
 from torch import nn
 
@@ -53,6 +58,18 @@ def test_a_fused_layer_keeps_as_little_with_dropout_and_less_with_recompute(devi
 def test_a_stock_layer_keeps_no_less(name):
     assert KEPT - 0.1 <= kept(LAYERS[name](0.0), "cpu") <= KEPT
     assert kept(LAYERS[name](0.1), "cpu") >= KEPT + 2.0
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not recorded")
+def test_bench_layer_states_it_as_on_a_gpu():
+    pytest.importorskip("triton")
+    point = Point("float32", *TOKENS, WIDTH, 2, 1.0, "both", "cpu", "cpu")
+    limits = measure.Limits(rounds=1, seconds=0.0, least=1)
+    for dropout in (0.0, 0.1):
+        found = measure.measure(layer_cases.case(point, dropout=dropout), timing.Cpu(), None, limits)
+        kept = {name: found[name].kept for name in ("torch.nn", "fusenc", "fusenc-recompute")}
+        assert KEPT - 0.1 <= kept["fusenc"] <= KEPT and RECOMPUTED - 0.1 <= kept["fusenc-recompute"] <= RECOMPUTED
+        assert kept["torch.nn"] >= (KEPT if dropout else KEPT - 0.1)
 
 
 def test_parameters_and_their_views_are_left_out_and_a_storage_counts_once():
