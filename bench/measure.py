@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from fusenc.kernels.common import device as gpu
@@ -19,6 +20,7 @@ from torch import Tensor
 from . import timing
 from .cases.case import COMPILED, AbsentError, Call, Case, Inputs, Maker, flat
 from .checking import DTYPES, difference, errors
+from .kept import kept_bytes
 
 LEAST_ROUNDS = 11
 """What the time for a case may not cut: with fewer, no difference between two runs can be told from chance."""
@@ -47,6 +49,8 @@ class Outcome:
     peak_memory: int | None = None
     """Bytes."""
     launches: int | None = None
+    kept: float | None = None
+    """What a call keeps for its backward pass, in the case's unit."""
 
 
 @dataclass
@@ -85,7 +89,7 @@ def measure(case: Case, device: timing.Device, wanted: Sequence[str] | None, lim
     outcomes: dict[str, Outcome] = {}
     with case.within():
         try:
-            _time(checked(case, device, names, outcomes), device, limits, outcomes)
+            _time(case, checked(case, device, names, outcomes), device, limits, outcomes)
         except Exception as error:  # inputs or reference that do not fit, or do not run
             status = MEMORY if out_of_memory(error) else FAILED
             outcomes |= {n: Outcome(status, first_line(error)) for n in names if n not in outcomes}
@@ -129,11 +133,14 @@ def _judged(case: Case, inputs: Inputs, expected: list[Tensor | None]) -> list[f
     return [min(case.tolerance, JUDGED * max(error, least)) for error in found]
 
 
-def _time(sides: dict[str, Call], device: timing.Device, limits: Limits, outcomes: dict[str, Outcome]) -> None:
+def _time(
+    case: Case, sides: dict[str, Call], device: timing.Device, limits: Limits, outcomes: dict[str, Outcome]
+) -> None:  # fmt: skip
     for name, call in sides.items():
         with _ending(name, outcomes):
             outcomes[name] = Outcome(MEASURED, peak_memory=device.peak_memory(call))
             outcomes[name].launches = _launches(name, call, device) if limits.launches else None
+            outcomes[name].kept = _kept(case, name, call, device)
     sides = {name: call for name, call in sides.items() if outcomes[name].status == MEASURED}
     if not sides:
         return
@@ -205,3 +212,18 @@ def _launches(name: str, call: Call, device: timing.Device) -> int | None:
     from .launches import count_call
 
     return count_call(call, gpu.architecture(0) if device.kind == "cuda" else "")
+
+
+def _kept(case: Case, name: str, call: Call, device: timing.Device) -> float | None:
+    """What a forward and backward pass keeps in between, on a CPU as on a GPU; None where compiled code hides it."""
+    if not case.kept_unit or case.direction != "both" or name in COMPILED:
+        return None
+    as_on_a_gpu: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if device.kind != "cuda":
+        if not _counts_launches():
+            return None
+        from .machine_code.compiling import record_launches
+
+        as_on_a_gpu = record_launches()
+    with as_on_a_gpu:
+        return kept_bytes(call) / case.kept_unit

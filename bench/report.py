@@ -8,7 +8,9 @@ from rich.table import Table
 
 from .results import MISSED, Figures, Record, Results, figures, verdict, yardstick
 
-RATES = ("us", "times as fast", "TFLOP/s", "GB/s", "of peak", "of roofline", "tokens/s", "peak memory", "launches")
+RATES = (
+    "us", "times as fast", "TFLOP/s", "GB/s", "of peak", "of roofline", "tokens/s", "peak memory", "kept", "launches",
+)  # fmt: skip
 
 
 def table(results: Results, op: str) -> Table:
@@ -42,6 +44,7 @@ def cells(of: Record, name: str, found: Figures) -> tuple[str, ...]:
         "" if found.roofline is None else f"{found.roofline:.0%}",
         "" if found.tokens_s is None else f"{found.tokens_s:,.0f}",
         "" if outcome.peak_memory is None else f"{outcome.peak_memory / 2**20:,.1f} MiB",
+        "" if outcome.kept is None else f"{outcome.kept:.1f}",
         "" if outcome.launches is None else str(outcome.launches),
     )
 

@@ -204,7 +204,7 @@ def table(results: Results) -> str:
     lines = csv.writer(out, lineterminator="\n")
     columns = ("op", "case", "dtype", "direction", "provider", "status", "reason", "median_us", "rounds", "calls",
                "times_as_fast", "at_least", "at_most", "against", "target", "tflop_s", "gb_s", "share_of_peak",
-               "share_of_roofline", "tokens_s", "peak_memory_bytes", "launches")  # fmt: skip
+               "share_of_roofline", "tokens_s", "peak_memory_bytes", "kept", "launches")  # fmt: skip
     lines.writerow((*columns, *results.machine))
     for of, name, outcome in results.rows():
         found = figures(results, of, name)
@@ -217,6 +217,6 @@ def table(results: Results) -> str:
         lines.writerow(
             (of.op, of.name, of.dtype, of.direction, name, outcome.status, outcome.reason, numbers[0],
              len(outcome.seconds), outcome.calls, *numbers[1:], yardstick(of), of.targets.get(name), *rates,
-             outcome.peak_memory, outcome.launches, *results.machine.values())
+             outcome.peak_memory, outcome.kept, outcome.launches, *results.machine.values())
         )  # fmt: skip
     return out.getvalue()

@@ -53,14 +53,15 @@ class Watched:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        modules = list(module.modules())[1:]  # not itself: it may be what this is kept for
-        self._dicts = [part.__dict__ for part in modules]
-        self._modules, self._kinds = modules, list(map(type, modules))
-        self._children = [part["_modules"] for part in (module.__dict__, *self._dicts)]
-        self._parts = [tuple(children.values()) for children in self._children]
+        self._modules = list(module.modules())[1:]  # not itself: it may be what this is kept for
+        self._kinds = list(map(type, self._modules))
+        self._dicts = [part.__dict__ for part in self._modules]
+        children = [part["_modules"] for part in (module.__dict__, *self._dicts)]
+        hooks = [part[name] for part in self._dicts for name in _HOOKS]
+        self._empty = [each for each in (*children, *hooks) if not each]
+        self._children = [(each, tuple(each.values())) for each in children if each]
+        self._hooks = [(each, tuple(each)) for each in hooks if each]
         self._config, self._way = _attention_of(module)
-        self._hooks = [part[name] for part in self._dicts for name in _HOOKS]
-        self._seen = [tuple(hooks) for hooks in self._hooks]
         self._parameters = [part["_parameters"] for part in self._dicts if part["_parameters"]]
         self._dtypes = self._dtypes_now()
 
@@ -69,15 +70,15 @@ class Watched:
 
     def unchanged(self) -> bool:
         """True if all is as it was."""
-        if self._dtypes_now() != self._dtypes:
+        if self._dtypes_now() != self._dtypes or list(map(type, self._modules)) != self._kinds:
             return False
-        if any(_GLOBAL_HOOKS) or list(map(tuple, self._hooks)) != self._seen:
-            return False
-        if list(map(type, self._modules)) != self._kinds or any("forward" in each for each in self._dicts):
+        if any(_GLOBAL_HOOKS) or any(self._empty) or any("forward" in each for each in self._dicts):
             return False
         if getattr(self._config, "_attn_implementation", None) != self._way:
             return False
-        return [tuple(children.values()) for children in self._children] == self._parts
+        return all(tuple(each.values()) == parts for each, parts in self._children) and all(
+            tuple(each) == numbers for each, numbers in self._hooks
+        )
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -26,6 +26,7 @@ RECORDED = "forward with gradients"
 PROVIDERS = {
     "fusenc": "this library",
     "fusenc-packed": "this library on packed tokens, without the padding",
+    "fusenc-recompute": "this library, which computes the activation again in the backward pass",
     "fusenc-flattened": "this library on a flattened batch, as transformers' collator makes it",
     "fusenc-graph": "this library on the padded batch, as one CUDA graph",
     "eager": "the plain composition of PyTorch's functions",
@@ -124,6 +125,9 @@ class Case:
     """The plain composition in the case's own dtype. Other providers may have at most `JUDGED` times its error. For
     half precision, where the tolerance of a whole model is as large as its values. None: the tolerance alone counts.
     """
+    kept_unit: int = 0
+    """Bytes of the hidden states of all real tokens, in which the memory kept for a backward pass is stated; 0: it is
+    not."""
 
     @property
     def key(self) -> str:

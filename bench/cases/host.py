@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checking import LARGEST_DIFFERENCE_OF_A_MODEL
 from ..timing import Device
 from . import add_norm, decoder, embed_norm, ffn, layer, rotary
-from .case import RECORDED, Case, Given, Inputs, Point, Provider, function
+from .case import RECORDED, Case, Given, Inputs, Maker, Point, Provider, directed, function
 
 STUBBED = "the driver is stubbed, so nothing is computed"
 TINY = 0.5
@@ -27,6 +27,10 @@ LAUNCHING = {
     "ffn": (0.9, 0.8), "embed_norm": (0.8, 1.0), "encoder_layer": (0.6, 0.75), "nn.TransformerEncoderLayer": (0.6, 0.6),
 }  # fmt: skip
 """Targets: the cost of a call up to the stubbed driver over the yardstick's, without and with gradients."""
+BERT = {"no gradients": 0.4, "with gradients": None, "with gradients, autocast": 0.5}
+"""Those of Hugging Face's BERT, by what is run; None: none is set."""
+BERT_LAYERS = 4
+"""So that what an encoder asks once a call is spread over layers, as in use."""
 
 
 def cases(given: Given, device: Device) -> list[Case]:
@@ -43,6 +47,12 @@ def cases(given: Given, device: Device) -> list[Case]:
             if d == "forward" or (d == "both" and of.gradients)
         ]
         found += [launching_layer(d, device) for d in directions if d in ("forward", "both")]
+    if importlib.util.find_spec("triton") is not None and importlib.util.find_spec("transformers") is not None:
+        found += [
+            launching_bert(how, device)
+            for how in BERT
+            if ("forward" if how == "no gradients" else "both") in directions
+        ]
     return found
 
 
@@ -70,7 +80,7 @@ def _tiny(directions: tuple[str, ...], device: Device) -> list[Case]:
 
 _LENGTH, _WIDTH, _HIDDEN, _HEADS, _IDS = 8, 64, 128, 4, 100
 _ROW, _HEAD = (1, _LENGTH, _WIDTH), (1, _LENGTH, _HEADS, _WIDTH // _HEADS)
-_NORM = ((_WIDTH,), (_WIDTH,))
+_NORM, _SQUARE = ((_WIDTH,), (_WIDTH,)), ((_WIDTH, _WIDTH), (_WIDTH,))
 _BLOCK = ((_HIDDEN, _WIDTH), (_HIDDEN,), (_WIDTH, _HIDDEN), (_WIDTH,))
 
 
@@ -134,10 +144,34 @@ def _ours_layer(src: Tensor, *weights: Tensor) -> Tensor:
 
 def _layer(src: Tensor, *weights: Tensor) -> Tensor:
     (in_weight, in_bias, out_weight, out_bias, norm1, norm1_bias, *block, norm2, norm2_bias) = weights
-    projected = F.linear(src, in_weight, in_bias).unflatten(-1, (3, _HEADS, -1))
-    attended = _sdpa(*(t.transpose(1, 2) for t in projected.unbind(-3))).transpose(1, 2).flatten(-2)
-    x = F.layer_norm(src + F.linear(attended, out_weight, out_bias), (_WIDTH,), norm1, norm1_bias)
+    projected = F.linear(src, in_weight, in_bias).chunk(3, -1)
+    x = F.layer_norm(src + F.linear(_heads(*projected), out_weight, out_bias), (_WIDTH,), norm1, norm1_bias)
     return F.layer_norm(x + _ffn(x, *block), (_WIDTH,), norm2, norm2_bias)
+
+
+def _heads(*projected: Tensor) -> Tensor:
+    heads = (t.unflatten(-1, (_HEADS, -1)).transpose(1, 2) for t in projected)
+    return _sdpa(*heads).transpose(1, 2).flatten(-2)
+
+
+def _ours_decoder(src: Tensor, memory: Tensor, *weights: Tensor) -> Tensor:
+    (*itself, q, q_bias, k, k_bias, v, v_bias) = weights[:12]
+    across, rest = weights[12:16], weights[16:]
+    of = fusenc.kernels.LayerWeights
+    return _ours("decoder_layer")(
+        src, of(*itself, *rest), _HEADS, memory, of(q, q_bias, *across, *rest, k, k_bias, v, v_bias)
+    )
+
+
+def _decoder(src: Tensor, memory: Tensor, *weights: Tensor) -> Tensor:
+    (in_weight, in_bias, out_weight, out_bias, norm1, norm1_bias, *across) = weights[:16]
+    (q, q_bias, k, k_bias, v, v_bias, out2_weight, out2_bias, norm2, norm2_bias) = across
+    (*block, norm3, norm3_bias) = weights[16:]
+    projected = F.linear(src, in_weight, in_bias).chunk(3, -1)
+    x = F.layer_norm(src + F.linear(_heads(*projected), out_weight, out_bias), (_WIDTH,), norm1, norm1_bias)
+    attended = _heads(F.linear(x, q, q_bias), F.linear(memory, k, k_bias), F.linear(memory, v, v_bias))
+    x = F.layer_norm(x + F.linear(attended, out2_weight, out2_bias), (_WIDTH,), norm2, norm2_bias)
+    return F.layer_norm(x + _ffn(x, *block), (_WIDTH,), norm3, norm3_bias)
 
 
 def _ffn(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
@@ -175,7 +209,11 @@ FUNCTIONS = {
     "ffn": Function(lambda *tensors: _ours("ffn")(*tensors), _ffn, (_ROW, *_BLOCK)),
     "encoder_layer": Function(
         _ours_layer, _layer,
-        (_ROW, (3 * _WIDTH, _WIDTH), (3 * _WIDTH,), (_WIDTH, _WIDTH), (_WIDTH,), *_NORM, *_BLOCK, *_NORM),
+        (_ROW, (3 * _WIDTH, _WIDTH), (3 * _WIDTH,), *_SQUARE, *_NORM, *_BLOCK, *_NORM),
+    ),
+    "decoder_layer": Function(
+        _ours_decoder, _decoder,
+        (_ROW, _ROW, (3 * _WIDTH, _WIDTH), (3 * _WIDTH,), *_SQUARE, *_NORM, *_SQUARE * 4, *_NORM, *_BLOCK, *_NORM),
     ),
 }  # fmt: skip
 
@@ -220,6 +258,48 @@ def launching_layer(direction: str, device: Device) -> Case:
         of, op="host", name=f"launching {name}, {'with gradients' if direction == 'both' else 'no gradients'}",
         providers={which: of.providers[which] for which in (stock, "fusenc")}, against=(stock,),
         targets=_target(name, direction), reference=None, unchecked=STUBBED, within=stubbed_driver,
+    )  # fmt: skip
+
+
+def launching_bert(how: str, device: Device) -> Case:
+    """The layers of a fused BERT inside their encoder, up to the stubbed driver, beside the unfused ones on SDPA.
+
+    Args:
+        how: a key of `BERT`.
+        device: a CPU.
+    """
+    from transformers import BertConfig
+    from transformers.models.bert.modeling_bert import BertEncoder
+
+    from ..stub_driver import stubbed_driver
+
+    direction, dtype = ("forward" if how == "no gradients" else "both"), "float32"
+
+    def encoder(fused: bool) -> Maker:
+        torch.manual_seed(0)
+        config = BertConfig(
+            hidden_size=_WIDTH, num_attention_heads=_HEADS, intermediate_size=_HIDDEN, num_hidden_layers=BERT_LAYERS,
+            attn_implementation="sdpa", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        of = BertEncoder(config).train(direction == "both")
+        if fused:
+            fusenc.fuse(of, strict=True)
+
+        def call(x: Tensor) -> Tensor:
+            return of(x).last_hidden_state  # type: ignore[no-any-return]
+
+        run = torch.autocast("cpu", torch.bfloat16)(call) if how.endswith("autocast") else call
+        return lambda inputs: directed(run, inputs, direction, list(of.parameters()))
+
+    def inputs() -> Inputs:
+        torch.manual_seed(0)
+        return Inputs([torch.randn(_ROW)], [], [torch.randn(_ROW)])
+
+    target = BERT[how]
+    return Case(
+        "host", f"launching {BERT_LAYERS} layers of BERT, {how}", dtype, direction, inputs,
+        {"hf-sdpa": lambda: encoder(False), "fusenc": lambda: encoder(True)}, ("hf-sdpa",),
+        {} if target is None else {"fusenc": 1.0 / target}, None, STUBBED, tokens=_LENGTH, within=stubbed_driver,
     )  # fmt: skip
 
 

@@ -37,8 +37,13 @@ GRIDS = {
 
 
 def cases(given: Given, device: Device) -> list[Case]:
-    """One case a point; a ragged batch with its padding masked, and packed."""
-    return [case(point) for point in points(GRIDS, given, device)]
+    """One case a point; a ragged batch with its padding masked, and packed. Without padding, training with dropout
+    too."""
+    return [
+        case(point, dropout=dropout)
+        for point in points(GRIDS, given, device)
+        for dropout in ((0.0, 0.1) if point.direction == "both" and point.fill == 1.0 else (0.0,))
+    ]
 
 
 def case(point: Point, hidden: int | None = None, dropout: float = 0.0) -> Case:
@@ -47,9 +52,11 @@ def case(point: Point, hidden: int | None = None, dropout: float = 0.0) -> Case:
     hidden = 4 * width if hidden is None else hidden
     inference = direction == "forward"
 
-    def layer(kind: type[nn.TransformerEncoderLayer]) -> nn.TransformerEncoderLayer:
+    def layer(kind: type[nn.TransformerEncoderLayer], recompute: bool = False) -> nn.TransformerEncoderLayer:
         torch.manual_seed(0)  # the same seed gives the same weights
         made = kind(width, point.heads, hidden, dropout, "gelu", batch_first=True)
+        if recompute:
+            made.recompute = True  # type: ignore[assignment]
         return made.to(point.device, point.torch_dtype).train(not inference)
 
     def inputs() -> Inputs:
@@ -107,9 +114,10 @@ def case(point: Point, hidden: int | None = None, dropout: float = 0.0) -> Case:
     providers: dict[str, Provider] = {
         "torch.nn": lambda: module(layer(nn.TransformerEncoderLayer), fast=False), "fast-path": fast_path,
         "compile": compiled, "fusenc": lambda: module(layer(fusenc.TransformerEncoderLayer)),
+        **({} if inference else {"fusenc-recompute": lambda: module(layer(fusenc.TransformerEncoderLayer, True))}),
         **({"fusenc-packed": packed} if ragged and not dropout else {}),
     }  # fmt: skip
-    whole = ("torch.nn", "fast-path", "compile", "fusenc", "reference")
+    whole = ("torch.nn", "fast-path", "compile", "fusenc", "fusenc-recompute", "reference")
     views: dict[str, View] = dict.fromkeys(whole, real_rows(point)) if ragged else {}
     pairs = sum(n * n for n in point.lengths)
     weights = 4 * width * width + 2 * width * hidden
@@ -121,6 +129,7 @@ def case(point: Point, hidden: int | None = None, dropout: float = 0.0) -> Case:
         moved * point.item, point.tokens, point.sizes(),
         judge=None if dropout or point.dtype == "float32" else
         lambda: module(layer(nn.TransformerEncoderLayer), fast=False),
+        kept_unit=point.tokens * width * point.item,
     )  # fmt: skip
 
 

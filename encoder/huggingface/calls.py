@@ -13,11 +13,13 @@ from ..kernels.common import checks
 from ..packing import PaddedPacking
 from .stock import collected
 
-HARMLESS = frozenset(
-    {"use_cache", "cache_position", "position_ids", "output_hidden_states", "return_dict", "num_items_in_batch"}
-)
+HARMLESS = frozenset({
+    "use_cache", "cache_position", "position_ids", "seq_idx", "output_hidden_states", "return_dict",
+    "num_items_in_batch",
+})  # fmt: skip
 """Arguments that models hand on to encoders and layers and that change nothing of what these compute. A call that gives
-any other argument which its fused forward does not serve runs the stock forward."""
+any other argument which its fused forward does not serve runs the stock forward. `seq_idx` says of a flattened batch
+what `cu_seq_lens_q` says, for layers that are no attention."""
 
 
 FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -29,18 +30,19 @@ ACTIVATIONS = {
 IMPLEMENTATIONS = frozenset({"eager", "sdpa", "fusenc", "fusenc_flash"})
 """Implementations of attention that the fused forwards stand in for; others may compute something else."""
 
-_NORMS = ("norm1", "norm2")
+_NORMS = frozenset({"norm1", "norm2"})
 _FIELDS = {
     name: (f"{name}_weight", f"{name}_bias") for name in ("in_proj", "k_proj", "v_proj", "out_proj", "up", *_NORMS)
 } | {"weight1": ("weight1", "bias1"), "weight2": ("weight2", "bias2")}
-"""The fields of `kernels.LayerWeights` by the names that adapters use."""
+_PLACES = {name: tuple(map(kernels.LayerWeights._fields.index, pair)) for name, pair in _FIELDS.items()}
+"""Where in `kernels.LayerWeights` the weight and the bias lie, by the names that adapters use."""
 
 
 class Adapter:
     """What `FusedLayer` needs to know of a family's layers; a family has a subclass, each of its layer classes one
     instance."""
 
-    weights: Mapping[str, str]
+    weights: ClassVar[Mapping[str, str]]
     """Where the modules are whose parameters `kernels.LayerWeights` lists, as paths within a layer: by ``"in_proj"``
     (query, key and value, or with ``"k_proj"`` and ``"v_proj"`` the query), ``"out_proj"``, ``"weight1"`` (beside
     ``"up"`` the gate), ``"weight2"``, ``"norm1"``, ``"norm2"``."""
@@ -120,6 +122,8 @@ class FusedLayer(nn.Module):
     """An encoder layer on the fused kernels; mixed into a subclass of the family's own."""
 
     adapter: ClassVar[Adapter]
+    recompute: bool = False
+    """Whether the backward pass computes the activation again instead of keeping it; `fuse` sets it."""
 
     @classmethod
     def why_not_fused(cls, layer: Any) -> str:
@@ -144,6 +148,7 @@ class FusedLayer(nn.Module):
             x = packing.pack(x) if x.dim() == 3 else x
             options["cu_seqlens"], options["max_seqlen"] = packing.cu_seqlens, packing.max_length
         options |= adapter.options_of_call(self, x, given, call)
+        options["recompute"] = self.recompute
         return adapter.results(adapter.run(self, x, options), given)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -154,21 +159,25 @@ class FusedLayer(nn.Module):
 
 def parameters(layer: Any, places: Mapping[str, str]) -> tuple[kernels.LayerWeights, dict[str, Any]]:
     """The parameters at these places, and the modules that are called instead of multiplying by one."""
-    found: dict[str, Any] = dict.fromkeys(kernels.LayerWeights._fields)
+    found: list[Any] = [None] * len(kernels.LayerWeights._fields)
     modules = {}
     for name, path in places.items():
         module = at(layer, path)
-        weight, bias = _FIELDS[name]
+        weight, bias = _PLACES[name]
         own = module.__dict__["_parameters"]
         if name in _NORMS:
             if "weight" not in own:  # a tensor that is no parameter
                 own = {"weight": module.weight, "bias": getattr(module, "bias", None)}
-        elif "weight" not in own or type(module) not in (nn.Linear, Conv1D):
-            modules[name] = module
-            own = {"weight": module.weight, "bias": module.bias}
-        found[weight] = own["weight"].t() if is_transposed(module) else own["weight"]
+            found[weight] = own["weight"]
+        elif "weight" in own and type(module) is nn.Linear:
+            found[weight] = own["weight"]
+        else:
+            if "weight" not in own or type(module) is not Conv1D:
+                modules[name] = module
+                own = {"weight": module.weight, "bias": module.bias}
+            found[weight] = own["weight"].t() if is_transposed(module) else own["weight"]
         found[bias] = own.get("bias")
-    return kernels.LayerWeights(**found), modules
+    return kernels.LayerWeights._make(found), modules
 
 
 def is_transposed(module: Any) -> bool:
@@ -176,9 +185,14 @@ def is_transposed(module: Any) -> bool:
     return type(module) is Conv1D or (is_lora(module) and type(module.base_layer) is Conv1D)
 
 
+@functools.cache
+def _names(path: str) -> list[str]:
+    return path.split(".")
+
+
 def at(module: Any, path: str) -> Any:
     """The submodule of a path."""
-    for name in path.split("."):
+    for name in _names(path):
         module = module.__dict__["_modules"][name]
     return module
 
@@ -222,11 +236,11 @@ def rate(layer: Any, path: str, holder: Any = None) -> float:
 
 def causal_without_mask(attention: Any, attention_mask: Tensor | None, given: dict[str, Any]) -> bool:
     """Whether the stock attention would be causal: without a mask that is, and by its own word or that of the call."""
-    config = getattr(attention, "config", None)
-    if attention_mask is not None or config is None or config._attn_implementation == "eager":
-        return False
     asked = given.get("is_causal")
-    return bool(getattr(attention, "is_causal", True) if asked is None else asked)
+    if attention_mask is not None or not (getattr(attention, "is_causal", True) if asked is None else asked):
+        return False
+    config = getattr(attention, "config", None)  # last, as to look into a configuration takes microseconds
+    return config is not None and config._attn_implementation != "eager"
 
 
 _GROUPS = (("in_proj", "k_proj", "v_proj"), ("weight1", "up"))

