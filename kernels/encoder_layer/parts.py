@@ -85,7 +85,8 @@ def attention_part(
     heads = [each.unflatten(-1, (-1, o.head_dim)) for each in found]
     if len(heads) == 1:
         heads = list(heads[0].split((o.nhead, o.kv_nhead, o.kv_nhead), -2))
-    out = attend(*heads, t, o, max_seqlen)
+    query, key, value = heads
+    out = attend(query, key, value, t, o, max_seqlen)
     return _linear(out, "out_proj", t.out_proj_weight, t.out_proj_bias, modules)
 
 
@@ -129,10 +130,11 @@ def feed_forward(
     whole = isinstance(activation, str) and not modules.keys() & {"weight1", "up", "weight2"}
     if whole and (not up or would_use_triton(x)):
         weight, bias = stacked((t.weight1, t.up_weight)), stacked((t.bias1, t.up_bias))
+        assert weight is not None
         return ffn(
             x, weight, bias, t.weight2, t.bias2, activation=activation, gated=o.gated, dropout_p=o.hidden_p,
             out_dropout_p=p, residual=residual, recompute="activation" if o.recompute else False,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
     hidden = _linear(x, "weight1", t.weight1, t.bias1, modules)
     rest: Tensor | None = None
     if up or "up" in modules:
