@@ -157,7 +157,7 @@ def _heads(*projected: Tensor) -> Tensor:
 def _ours_decoder(src: Tensor, memory: Tensor, *weights: Tensor) -> Tensor:
     (*itself, q, q_bias, k, k_bias, v, v_bias) = weights[:12]
     across, rest = weights[12:16], weights[16:]
-    of = fusenc.kernels.LayerWeights
+    of: Any = fusenc.kernels.LayerWeights
     return _ours("decoder_layer")(
         src, of(*itself, *rest), _HEADS, memory, of(q, q_bias, *across, *rest, k, k_bias, v, v_bias)
     )

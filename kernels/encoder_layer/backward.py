@@ -104,7 +104,8 @@ def layer_backward(
             )
             given = (dbetween, None) if half is None else (dsum2, None, dbetween)
             dprojected, dsum1, dnorm1_weight, dnorm1_bias, dout_bias = norm1_backward(given, of_norm, jobs)
-        dsrc = dsrc_half = dout_weight = dmask = drelative = dbias = None
+        dsrc = dsrc_half = dout_weight = dmask = drelative = None
+        dbias: Any = None
         dqkv_weights = dqkv_biases = [None] * 3
         if need.out_proj_weight:
             dout_weight = torch.mm(dprojected.t(), as_rows(attended, o)).to(parameter)
