@@ -40,7 +40,7 @@ class Adapter:
     """What `FusedLayer` needs to know of a family's layers; a family has a subclass, each of its layer classes one
     instance."""
 
-    weights: Mapping[str, str]
+    weights: ClassVar[Mapping[str, str]]
     """Where the modules are whose parameters `kernels.LayerWeights` lists, as paths within a layer: by ``"in_proj"``
     (query, key and value, or with ``"k_proj"`` and ``"v_proj"`` the query), ``"out_proj"``, ``"weight1"`` (beside
     ``"up"`` the gate), ``"weight2"``, ``"norm1"``, ``"norm2"``."""

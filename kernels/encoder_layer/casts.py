@@ -40,7 +40,8 @@ def _region(like: Tensor) -> _Region:
                 leaf = _leaves[device] = torch.empty(0, 0, device=device, requires_grad=True)
             product = torch.mm(leaf, leaf)  # casts the leaf; of no element, so nothing is launched
         if product.grad_fn is not None:
-            product.grad_fn.next_functions[0][0].register_hook(region)
+            node: Any = product.grad_fn.next_functions[0][0]
+            node.register_hook(region)
             _regions[device] = weakref.ref(region)
     return region
 

@@ -40,7 +40,8 @@ _DROPOUTS = ("attention_p", "projection_p", "hidden_p", "output_p")
 
 def _signature(src: Tensor, *rest: Any) -> Hashable:
     *weights, attn_mask, relative_bias, src_half, cos, sin, cu_seqlens, max_seqlen, batch_second = rest
-    shape, starts, mask, tables, joined = src.shape, None, None, None, None
+    shape, starts, mask, tables = src.shape, None, None, None
+    joined: Any = None
     if cu_seqlens is not None:
         batch, length, starts = cu_seqlens.shape[0] - 1, max_seqlen, plan.of_vector(cu_seqlens)
     else:
@@ -66,7 +67,7 @@ def _signature(src: Tensor, *rest: Any) -> Hashable:
 
 
 def _check(tensors: Any, options: Any, sizes: tuple[int, ...], autocast: bool) -> tuple[Prepare, Options]:
-    src, attn_mask, relative_bias, _, cos, sin, cu_seqlens = tensors[0], *tensors[_MASK:]
+    src, (attn_mask, relative_bias, _, cos, sin, cu_seqlens) = tensors[0], tensors[_MASK:]
     (
         nhead, batch_first, norm_first, norm, activation, gated, eps1, eps2, scale, is_causal, window, softcap,
         no_norm1, recompute, *dropout_ps,

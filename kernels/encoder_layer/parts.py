@@ -85,7 +85,8 @@ def attention_part(
     heads = [each.unflatten(-1, (-1, o.head_dim)) for each in found]
     if len(heads) == 1:
         heads = list(heads[0].split((o.nhead, o.kv_nhead, o.kv_nhead), -2))
-    out = attend(*heads, t, o, max_seqlen)
+    query, key, value = heads
+    out = attend(query, key, value, t, o, max_seqlen)
     return _linear(out, "out_proj", t.out_proj_weight, t.out_proj_bias, modules)
 
 
@@ -128,7 +129,8 @@ def feed_forward(
     up = () if t.up_weight is None else ((t.up_weight, t.up_bias),)
     whole = isinstance(activation, str) and not modules.keys() & {"weight1", "up", "weight2"}
     if whole and (not up or would_use_triton(x)):
-        weight, bias = stacked((t.weight1, t.up_weight)), stacked((t.bias1, t.up_bias))
+        weight: Any = stacked((t.weight1, t.up_weight))
+        bias = stacked((t.bias1, t.up_bias))
         return ffn(
             x, weight, bias, t.weight2, t.bias2, activation=activation, gated=o.gated, dropout_p=o.hidden_p,
             out_dropout_p=p, residual=residual, recompute="activation" if o.recompute else False,

@@ -105,7 +105,8 @@ def operands(t: Tensors, o: Options, one: bool) -> Operands:
     )
     # After attention and of a post-norm layer after the feed-forward, the norm's kernel adds the bias.
     second_bias = cast((t.bias2,), o.half) if o.norm_first else None
-    out, second = (cast((each,), o.half) for each in (t.out_proj_weight, t.weight2))
+    whole: Any = [cast((each,), o.half) for each in (t.out_proj_weight, t.weight2)]
+    out, second = whole
     return Operands(qkv, biases, out, cast(first, o.half), cast(first_bias, o.half), second, second_bias)
 
 
