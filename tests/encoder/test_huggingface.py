@@ -7,6 +7,7 @@ import copy
 import functools
 import pickle
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -912,15 +913,11 @@ def test_a_hook_on_a_group_of_layers_sees_what_it_saw():
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_small_layer_scales_of_dinov2(dtype, autocast):
     """In float16 their product with the weights would be none."""
-    model = small_model("dinov2", layerscale_value=1e-5)
+    model = small_model("dinov2", layer_norm_eps=1e-12)
+    factors = {"lambda1": 1e-5, "v_proj": 8.0, "fc1": 8.0, "o_proj": 0.1, "fc2": 0.1, "embeddings": 3e-3}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("lambda1"):
-                parameter.fill_(1e-5).mul_(torch.rand_like(parameter) + 0.5)
-        model.embeddings.position_embeddings.mul_(1e-4)  # so that they matter
-        model.embeddings.patch_embeddings.projection.weight.mul_(1e-4)
-        model.embeddings.patch_embeddings.projection.bias.mul_(1e-4)
-        model.embeddings.cls_token.mul_(1e-4)
+        for name, parameter in model.named_parameters():  # so that what layers add matters, and no single weight does
+            parameter.mul_(next((factor for part, factor in factors.items() if part in name), 1.0))
     exact = outcome(model)
     model = model if autocast else model.to(dtype)
     results = []
@@ -962,13 +959,17 @@ def test_flattened_batches_of_gpt2(given, implementation):
         batch = {key: batch[key] for key in ("input_ids", "position_ids")}
     elif given == "cu_seq_lens":
         del batch["position_ids"]
-    masks = []
+    masks, made = [], []
     plain = fusenc.kernels.encoder_layer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             fusenc.kernels, "encoder_layer", lambda *a, **k: (masks.append(k.get("attn_mask")), plain(*a, **k))[1]
         )
+        modeling: Any = sys.modules["transformers.models.gpt2.modeling_gpt2"]
+        make_mask = modeling.create_causal_mask
+        patch.setattr(modeling, "create_causal_mask", lambda *a, **k: (made.append(make_mask(*a, **k)), made[-1])[1])
         got = model(**batch, output_hidden_states=given == "hidden states").last_hidden_state[0]
+    assert made[0].numel() == (1 if given in ("cu_seq_lens", "both") else 13 * 13), "T x T only where it is read"
     assert len(masks) == 2 and all((mask is None) == (given in ("cu_seq_lens", "both")) for mask in masks)
     torch.testing.assert_close(got, expected, rtol=0, atol=SAME_ALGORITHM * expected.abs().max().item())
     if given == "both":
