@@ -106,6 +106,10 @@ class FlattenedPacking(PaddedPacking):
         """And back."""
         return packed.unsqueeze(0)
 
+    def positions(self) -> Tensor:
+        """``[T]``: the place of each token in its sequence."""
+        return PaddedPacking.behind(self.cu_seqlens, self.max_length, self.shape[1]).indices % self.max_length
+
 
 class UnflattenedPacking(PaddedPacking):
     """Of a batch of one row whose sequences were each given a row: back to the one row."""

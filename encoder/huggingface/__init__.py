@@ -12,7 +12,24 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import albert, bart, bert, clip, distilbert, modernbert, mpnet, t5, vit
+from . import (
+    albert,
+    bart,
+    bert,
+    clip,
+    dinov2,
+    distilbert,
+    esm,
+    eurobert,
+    gpt2,
+    modernbert,
+    mpnet,
+    nomic_bert,
+    t5,
+    vit,
+    wav2vec2,
+    whisper,
+)
 from .heads import why_padding_matters
 from .interface import attention_forward
 from .layers import lay_together
@@ -23,20 +40,29 @@ __all__ = ["attention_forward", "lay_together", "why_changed", "why_padding_matt
 REPLACEMENTS: dict[type, type] = {}
 """Each class that `fuse` knows here, and the class that takes its place."""
 
+PLAIN: set[type] = set()
+"""Classes that stay as they are by nature, although transformers checkpoints them as it does layers."""
+
 MISSING: dict[str, str] = {}
 """The reason why the classes of a model type, by its name in ``transformers.models``, could not be loaded."""
 
 
 def _load() -> None:
     """Load each model type separately, so that a missing class affects that type alone."""
-    for family in (bert, distilbert, albert, mpnet, vit, clip, modernbert, t5, bart):
+    for family in (
+        bert, distilbert, albert, mpnet, vit, clip, modernbert, t5, bart, esm, dinov2, wav2vec2, whisper, gpt2,
+        eurobert, nomic_bert,
+    ):  # fmt: skip
         for name, prefix in family.FAMILIES.items():
             try:
-                classes = list(family.fused_classes(Stock(name, prefix)))
+                stock = Stock(name, prefix)
+                classes = list(family.fused_classes(stock))
+                plain = {stock[part] for part in getattr(family, "PLAIN", ())}
             except Exception as error:  # whatever a module of transformers raises when it is imported
                 MISSING[name] = str(error)
             else:
                 REPLACEMENTS.update({fused.stock_class: fused for fused in classes})
+                PLAIN.update(plain)
 
 
 _load()
@@ -44,7 +70,7 @@ _load()
 
 def why_unknown(module: nn.Module) -> str:
     """Why a layer of a family that is not known here stays as it is; "" for what is no such layer."""
-    if not isinstance(module, GradientCheckpointingLayer):
+    if not isinstance(module, GradientCheckpointingLayer) or type(module) in PLAIN:
         return ""
     return _why_missing(module) or f"{type(module).__name__} is no layer of a supported family"
 

@@ -46,7 +46,7 @@ def _weights(attention: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-class _Adapter(Adapter):
+class EncoderAdapter(Adapter):
     """Of encoder layers."""
 
     weights: ClassVar = {**_weights("self_attn"), "weight1": "fc1", "weight2": "fc2", "norm2": "final_layer_norm"}
@@ -71,7 +71,7 @@ class _Adapter(Adapter):
         return out
 
 
-class _DecoderAdapter(_Adapter):
+class DecoderAdapter(EncoderAdapter):
     """Of decoder layers. With a cache the stock layer runs."""
 
     across: ClassVar = _weights("encoder_attn")
@@ -125,8 +125,8 @@ class _FusedEncoder(PaddingFree):
 def fused_classes(stock: Stock) -> Iterator[type]:
     """The classes that take the place of a family's own."""
     attention = stock["Attention"]
-    layer = stock.fused(FusedLayer, "EncoderLayer", _ENCODER_LAYER, adapter=_Adapter({"self_attn": attention}))
+    layer = stock.fused(FusedLayer, "EncoderLayer", _ENCODER_LAYER, adapter=EncoderAdapter({"self_attn": attention}))
     yield layer
     both = {"self_attn": attention, "encoder_attn": attention}
-    yield stock.fused(FusedLayer, "DecoderLayer", _DECODER_LAYER, adapter=_DecoderAdapter(both))
+    yield stock.fused(FusedLayer, "DecoderLayer", _DECODER_LAYER, adapter=DecoderAdapter(both))
     yield stock.fused(_FusedEncoder, "Encoder", _ENCODERS[stock.prefix], fused_layer=layer)

@@ -83,6 +83,8 @@ class Call:
         self.packing, self.is_causal = packing, is_causal
         self.shared = shared
         """What layers share: biases, tables."""
+        self.last: Any = None
+        """The layer that unpacks; None: the encoder does. Where the stock forward goes on with ``[B, L, width]``."""
 
 
 def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -70,11 +70,9 @@ class PaddingFree(nn.Module):
         if inputs is not None and not self._asks_for_more(given) and not torch._C._get_tracing_state():
             plan = self._plan(inputs, given, flattened)
         if plan is None or not self._all_fused():
-            require_known(flattened, getattr(self, "config", None))
-            return super().forward(**given, **flattened)
+            return super().forward(**given, **self._for_stock(given, flattened))
         given["attention_mask"], call = plan
-        if flattened and self.own_positions:
-            self._unflatten(given, call)
+        self._prepare(given, call, bool(flattened))
         out = super().forward(**given, call=call)
         if call.packing is None:
             return out
@@ -83,12 +81,24 @@ class PaddingFree(nn.Module):
         out.last_hidden_state = _unpacked(out.last_hidden_state, call.packing)
         return out
 
+    def _for_stock(self, given: dict[str, Any], flattened: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a flattened batch that the stock forward is given beside the others.
+
+        Raises:
+            ValueError: its attention would mix the texts.
+        """
+        require_known(flattened, getattr(self, "config", None))
+        return flattened
+
     def _flattened(self, given: dict[str, Any]) -> dict[str, Any]:
         """Take out the arguments of a flattened batch."""
         return {name: given.pop(name) for name in FLATTENED if given.get(name) is not None}
 
-    def _unflatten(self, given: dict[str, Any], call: Call) -> None:
-        """Give each text of a flattened batch a row."""
+    def _prepare(self, given: dict[str, Any], call: Call, is_flattened: bool) -> None:
+        """Change the arguments of a call whose layers all run fused: with `own_positions` each text of a flattened
+        batch gets a row."""
+        if not (is_flattened and self.own_positions):
+            return
         flat: Any = call.packing
         call.packing = packing = UnflattenedPacking.behind(flat.cu_seqlens, flat.max_length, flat.shape[1])
         for name in ("input_ids", "inputs_embeds"):

@@ -41,18 +41,21 @@ INDEPENDENT: dict[str, str] = {
 
 _PREFIXES = (
     "Bert", "Roberta", "XLMRoberta", "Camembert", "Electra", "DistilBert", "Albert", "MPNet", "ModernBert", "T5", "MT5",
-    "Bart", "Marian", "CLIP",
+    "Bart", "Marian", "CLIP", "Esm", "EuroBert", "NomicBert", "GPT2",
 )  # fmt: skip
 
 _INDEPENDENT = {prefix + ending for prefix in _PREFIXES for ending in INDEPENDENT} | {
     "EncoderDecoderModel", "VisionTextDualEncoderModel", "SiglipVisionModel", "SiglipForImageClassification",
     "DPRContextEncoder", "DPRQuestionEncoder", "DPREncoder",
+    "Wav2Vec2Model", "Wav2Vec2ForCTC", "Wav2Vec2ForSequenceClassification",  # by lengths, and by the mask
+    "HubertModel", "HubertForCTC", "HubertForSequenceClassification",
 }  # fmt: skip
 
 _UNLESS: dict[str, Callable[[Any], str]] = {
     "ElectraForMultipleChoice": lambda config: (
         "" if config.summary_type == "first" else f"its summary of type {config.summary_type!r} reads padded positions"
     ),
+    "Wav2Vec2Model": lambda config: "its adapter reads padded positions" if config.add_adapter else "",
 }
 """By class name: why a configuration's results do depend on padding, or ""."""
 

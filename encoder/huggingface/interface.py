@@ -92,9 +92,9 @@ def attention_forward(
             if given is not None and given is not False:
                 _fail(name, "None with cu_seq_lens_q", given)
         starts = flattened_starts(kwargs, query[:, 0], key[:, 0])
+        arguments: Any = [*(t[0].transpose(0, 1) for t in (query, key, value)), *starts]  # [L, H, D] the first three
         options.update(dropout_p=dropout, is_causal=bool(is_causal))
-        query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))  # [L, H, D]
-        return kernels.attention_varlen(query, key, value, *starts, **options)[None], None
+        return kernels.attention_varlen(*arguments, **options)[None], None
     causal = bool(is_causal) and attention_mask is None and length > 1
     if position_bias is not None and attention_mask is not None:
         if attention_mask.dtype == torch.bool:

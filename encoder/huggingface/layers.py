@@ -53,9 +53,10 @@ class Adapter:
     served: frozenset[str] = frozenset({"hidden_states", "attention_mask"})
     """Arguments of the stock forward that the fused one serves."""
 
-    def __init__(self, parts: Mapping[str, type], norm: type = nn.LayerNorm) -> None:
+    def __init__(self, parts: Mapping[str, type | tuple[type, ...]], norm: type = nn.LayerNorm) -> None:
         self.parts, self.norm = parts, norm
-        """The family's own classes of the parts that are stood in for, by path, and of its norms."""
+        """The family's own classes of the parts that are stood in for, by path, and of its norms. A tuple: one of
+        these."""
 
     def weights_of(self, layer: Any) -> Mapping[str, str]:
         """`weights` of this layer, where not all are alike."""
@@ -96,7 +97,11 @@ class Adapter:
 
     def why_not_parts(self, layer: Any) -> str:
         """Why the parts that the family declares are not those."""
-        return why_not_plain(((path, at(layer, path), kind) for path, kind in self.parts.items()), except_of=CAPTURE)
+        found = ((path, at(layer, path), kinds) for path, kinds in self.parts.items())
+        return why_not_plain(
+            ((path, part, _one_of(kinds, part) if isinstance(kinds, tuple) else kinds) for path, part, kinds in found),
+            except_of=CAPTURE,
+        )
 
     def why_not_more(self, layer: Any) -> str:
         """Reasons of the family's own."""
@@ -149,7 +154,10 @@ class FusedLayer(nn.Module):
             options["cu_seqlens"], options["max_seqlen"] = packing.cu_seqlens, packing.max_length
         options |= adapter.options_of_call(self, x, given, call)
         options["recompute"] = self.recompute
-        return adapter.results(adapter.run(self, x, options), given)
+        out = adapter.run(self, x, options)
+        if packing is not None and call is not None and call.last is self:
+            out = packing.unpack(out)
+        return adapter.results(out, given)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         out = super()._apply(*args, **kwargs)
@@ -178,6 +186,11 @@ def parameters(layer: Any, places: Mapping[str, str]) -> tuple[kernels.LayerWeig
             found[weight] = own["weight"].t() if is_transposed(module) else own["weight"]
         found[bias] = own.get("bias")
     return kernels.LayerWeights._make(found), modules
+
+
+def _one_of(kinds: tuple[type, ...], module: nn.Module) -> type:
+    """That of these which a module is, else the first."""
+    return next((kind for kind in kinds if type(module) is kind), kinds[0])
 
 
 def is_transposed(module: Any) -> bool:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..modules import why_not_plain
 from ..packing import PaddedPacking
 from .calls import Call
-from .encoders import PaddingFree
-from .layers import Adapter, FusedLayer, activation, at, rate
+from .layers import FusedLayer, activation, at, rate
+from .rotary import RotaryAdapter, RotaryCall, RotaryModel
 from .stock import Stock
 
 FAMILIES = {"modernbert": ""}
@@ -31,24 +31,12 @@ _MODEL = {
 }  # fmt: skip
 
 
-class _Call(Call):
-    """What layers of one kind share: rotary tables of the packed tokens, and the band of a window."""
+class _Call(RotaryCall):
+    """The band of a window too."""
 
     def __init__(self, packing: PaddedPacking | None) -> None:
         super().__init__(packing)
-        self._tables: dict[str, tuple[Tensor, Tensor]] = {}
         self._bands: dict[int, Tensor] = {}
-
-    def tables(self, kind: Any, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The rows of cosine and sine tables that the packed tokens take, ``[T, D / 2]``."""
-        packing = self.packing
-        assert packing is not None
-        if kind not in self._tables:
-            batch = packing.shape[0]
-            halves = (t[..., : t.shape[-1] // 2].expand(batch, -1, -1) for t in position_embeddings)
-            cos, sin = (packing.pack(t).contiguous() for t in halves)
-            self._tables[kind] = cos, sin
-        return self._tables[kind]
 
     def band(self, reach: int, x: Tensor) -> Tensor | None:
         """Which keys are no farther than `reach` tokens from a query, bool ``[L, L]``; None if all are."""
@@ -61,7 +49,7 @@ class _Call(Call):
         return self._bands[reach]
 
 
-class _Adapter(Adapter):
+class _Adapter(RotaryAdapter):
     """Of ModernBERT's layers."""
 
     weights: ClassVar = {
@@ -70,7 +58,6 @@ class _Adapter(Adapter):
     }  # fmt: skip
     attention = "attn"
     dropouts = ("mlp.drop",)
-    served = frozenset({"hidden_states", "attention_mask", "position_embeddings"})
 
     def weights_of(self, layer: Any) -> dict[str, str]:
         places = dict(self.weights)
@@ -97,9 +84,6 @@ class _Adapter(Adapter):
             "dropout_p": rate(mlp, "drop"),
         }  # fmt: skip
 
-    def serves(self, layer: Any, given: dict[str, Any]) -> bool:
-        return given.get("position_embeddings") is not None
-
     def options_of_call(self, layer: Any, x: Tensor, given: dict[str, Any], call: Call | None) -> dict[str, Any]:
         tables, mask = given["position_embeddings"], given.get("attention_mask")
         if not isinstance(call, _Call):
@@ -107,7 +91,7 @@ class _Adapter(Adapter):
         size = at(layer, "attn").sliding_window
         reach = None if size is None else size - 1
         if call.packing is not None:
-            tables, mask = call.tables(layer.attention_type, tables), None
+            tables, mask = call.tables(tables, layer.attention_type), None
         if reach is None:
             return {"rotary": tables, "attn_mask": mask}
         if x.is_cuda:
@@ -116,10 +100,9 @@ class _Adapter(Adapter):
         return {"rotary": tables, "attn_mask": call.band(reach, x)}
 
 
-class _FusedModel(PaddingFree):
+class _FusedModel(RotaryModel):
     """ModernBERT; mixed into a subclass of it."""
 
-    layer_list = "layers"
     by_distance = True
     served = frozenset({"input_ids", "attention_mask", "inputs_embeds", "position_ids"})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -10,12 +10,11 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.common.backend import would_use_triton
-from ..modules import why_not_plain
 from ..packing import PaddedPacking
 from .calls import Call
 from .encoders import PaddingFree
 from .layers import Adapter, FusedLayer, activation, at, rate
-from .stock import CAPTURE, Stock
+from .stock import Stock
 
 FAMILIES = {"t5": "T5", "mt5": "MT5"}
 """Model types of transformers and the prefix of their classes. Their layers are the same but for the name."""
@@ -53,11 +52,6 @@ class _Adapter(Adapter):
     dropouts = ("layer.0.dropout", "layer.1.dropout", f"{_DENSE}.dropout")
     served = frozenset({"hidden_states", "attention_mask", "position_bias"})
 
-    def __init__(self, parts: Mapping[str, type], norm: type, dense: tuple[type, type]) -> None:
-        super().__init__(parts, norm)
-        self.dense = dense
-        """The family's own classes of the plain and of the gated feed-forward."""
-
     def head_dim_of(self, layer: Any) -> int:
         return at(layer, self.attention).key_value_proj_dim  # type: ignore[no-any-return]
 
@@ -67,13 +61,7 @@ class _Adapter(Adapter):
         return {**self.weights, "weight1": f"{_DENSE}.wi_0", "up": f"{_DENSE}.wi_1"}
 
     def why_not_parts(self, layer: Any) -> str:
-        if layer.is_decoder:
-            return "a decoder block"
-        dense = at(layer, _DENSE)
-        reason = super().why_not_parts(layer)
-        if not reason and type(dense) not in self.dense:
-            return f"{_DENSE} is a {type(dense).__name__}, not a {self.dense[0].__name__}"
-        return reason or why_not_plain([(_DENSE, dense, type(dense))], except_of=CAPTURE)
+        return "a decoder block" if layer.is_decoder else super().why_not_parts(layer)
 
     def why_not_more(self, layer: Any) -> str:
         places = self.weights_of(layer)
@@ -145,9 +133,8 @@ def fused_classes(stock: Stock) -> Iterator[type]:
     """The classes that take the place of a family's own."""
     parts = {
         "layer.0": stock["LayerSelfAttention"], "layer.0.SelfAttention": stock["Attention"],
-        "layer.1": stock["LayerFF"],
+        "layer.1": stock["LayerFF"], _DENSE: (stock["DenseActDense"], stock["DenseGatedActDense"]),
     }  # fmt: skip
-    dense = stock["DenseActDense"], stock["DenseGatedActDense"]
-    block = stock.fused(FusedLayer, "Block", _BLOCK, adapter=_Adapter(parts, stock["LayerNorm"], dense))
+    block = stock.fused(FusedLayer, "Block", _BLOCK, adapter=_Adapter(parts, stock["LayerNorm"]))
     yield block
     yield stock.fused(_FusedStack, "Stack", _STACK, fused_layer=block)

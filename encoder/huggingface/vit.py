@@ -10,12 +10,12 @@ from .stock import Stock
 
 FAMILIES = {"vit": "ViT"}
 
+ATTENTION = "hidden_states attention_mask **kwargs: attention_dropout head_dim k_proj o_proj q_proj scaling v_proj"
 _LAYER = {
     "Layer": "hidden_states attention_mask **kwargs: attention dropout layernorm_after layernorm_before mlp",
-    "Attention": "hidden_states attention_mask **kwargs: "
-                 "attention_dropout head_dim k_proj o_proj q_proj scaling v_proj",
+    "Attention": ATTENTION,
     "MLP": "hidden_states: activation_fn fc1 fc2",
-}  # fmt: skip
+}
 
 
 class _Adapter(Adapter):

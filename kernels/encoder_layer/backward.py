@@ -128,8 +128,8 @@ def layer_backward(
             if t.cos is not None:
                 turn_back(*into[:2], t.cos, t.sin, None)
             if needs_bias:
-                dbias = dbias if bias_sums else torch.sum(dqkv, 0, dtype=parameter)
-                dqkv_biases = project.of_biases(dbias, need_qkv_biases)
+                summed: Any = dbias if bias_sums else torch.sum(dqkv, 0, dtype=parameter)
+                dqkv_biases = project.of_biases(summed, need_qkv_biases)
             dqkv_weights = project.of_weights(dqkv, normed, need_qkv, parameter)
             if o.norm_first and needs_normed and not o.no_norm1:
                 dnormed = project.of_input(dqkv, w, None)

@@ -17,7 +17,11 @@ from packaging.version import Version
 from tolerances import SAME_ALGORITHM
 from torch import nn
 
-SINCE = {"vit": "5.9", "t5": "5.15", "mt5": "5.15", "bart": "5.4", "marian": "5.4"}
+SINCE = {
+    "vit": "5.9", "t5": "5.15", "mt5": "5.15", "bart": "5.4", "marian": "5.4", "esm": "5.6", "dinov2": "5.18",
+    "dinov2_with_registers": "5.18", "wav2vec2": "5.16", "hubert": "5.16", "whisper": "5.4", "gpt2": "5.4",
+    "eurobert": "5.3", "nomic_bert": "5.5",
+}  # fmt: skip
 """The oldest transformers with the classes that fusenc knows; 5.2 where nothing is said."""
 
 SIZES = {
@@ -161,7 +165,7 @@ def test_the_order_of_arguments_is_that_of_the_stock_forward(monkeypatch, by_pos
     expected = layer(x, attention_mask=mask, encoder_hidden_states=source)
     monkeypatch.setattr(module, "BartDecoderLayer", Reordered)
     monkeypatch.setattr(layers, "FusedReordered", None, raising=False)
-    adapter = bart._DecoderAdapter({"self_attn": module.BartAttention, "encoder_attn": module.BartAttention})
+    adapter = bart.DecoderAdapter({"self_attn": module.BartAttention, "encoder_attn": module.BartAttention})
     layer.__class__ = stock.Stock("bart", "Bart").fused(layers.FusedLayer, "DecoderLayer", {}, adapter=adapter)
     calls, kernel = [], fusenc.kernels.decoder_layer
     monkeypatch.setattr(fusenc.kernels, "decoder_layer", lambda *a, **k: calls.append(0) or kernel(*a, **k))

@@ -413,7 +413,7 @@ def test_every_model_of_every_family_is_known():
     parts = ("Encoder", "Decoder", "DecoderWrapper", "Stack", "PretrainedBartModel", "BartPretrainedModel")
     assert {kind for kind in unknown if not kind.endswith(parts)} == {
         kind for kind in found if kind.endswith("ForQuestionAnswering")
-    } | {"SiglipModel", "SiglipTextModel"}  # which pool the last position, be it padded or not
+    } | {"SiglipModel", "SiglipTextModel", "GPT2DoubleHeadsModel"}  # may pool the last position, be it padded or not
 
 
 def task(name: str, ending: str, **options: Any) -> nn.Module:
@@ -529,6 +529,53 @@ def test_clip_learns_what_it_learns_unfused(eager_rule, packings):
     inputs.pop("labels")
     inputs["input_ids"][torch.arange(4), inputs["attention_mask"].sum(1) - 1] = 2  # the end, which is pooled
     inputs |= {"pixel_values": torch.randn(4, 3, 12, 12), "return_loss": True}
+    expected = loss_and_gradients(model, inputs)
+    assert not fusenc.fuse(model).padding
+    assert_same(loss_and_gradients(model, inputs), expected, SAME_ALGORITHM)
+    assert packings
+
+
+@pytest.mark.parametrize("ending", ["ForCTC", "ForSequenceClassification"])
+@pytest.mark.parametrize("name", ["wav2vec2", "wav2vec2 stable", "hubert"])
+def test_heads_of_recordings_learn_what_they_learn_unfused(name, ending, eager_rule, packings):
+    import transformers
+
+    kind = type(small_model(name)).__name__.removesuffix("Model") + ending
+    config = small_model(name).config
+    config.num_labels, config.final_dropout, config.pad_token_id = 3, 0.0, 0
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(0.2 / parameter.std())
+    inputs = batch(model=model)
+    labels = [[1, 5], [2, 3], [4, 4], [7, -100]] if ending == "ForCTC" else [0, 1, 2, 0]
+    inputs["labels"] = torch.tensor(labels)
+    expected = loss_and_gradients(model, inputs)
+    assert not fusenc.fuse(model, strict=True).padding
+    assert_same(loss_and_gradients(model, inputs), expected, SAME_ALGORITHM)
+    assert bool(packings) == (ending == "ForCTC"), "the other asks for all hidden states"
+
+
+def test_heads_of_recordings_that_keep_padding():
+    """A convolution behind the encoder reads padded positions; pretraining, frames and voices are not known."""
+    import transformers
+
+    config = small_model("wav2vec2").config
+    for kind in ("ForPreTraining", "ForAudioFrameClassification", "ForXVector"):
+        report = fusenc.fuse(getattr(transformers, f"Wav2Vec2{kind}")(config))
+        reason = f"Wav2Vec2{kind} may use hidden states at padded positions"
+        assert report.padding == {"wav2vec2.encoder": reason}
+    config.add_adapter = True
+    report = fusenc.fuse(transformers.Wav2Vec2ForCTC(config))
+    assert report.padding == {"wav2vec2.encoder": "Wav2Vec2Model: its adapter reads padded positions"}
+
+
+@pytest.mark.parametrize("pooling", ["bos", "mean", "late"])
+def test_poolings_of_eurobert(pooling, eager_rule, packings):
+    model = task("eurobert", "ForSequenceClassification", classifier_pooling=pooling)
+    inputs = task_inputs(model, "ForSequenceClassification")
     expected = loss_and_gradients(model, inputs)
     assert not fusenc.fuse(model).padding
     assert_same(loss_and_gradients(model, inputs), expected, SAME_ALGORITHM)

@@ -137,6 +137,66 @@ FAMILIES |= {
 }  # fmt: skip
 
 
+_WAVES = {
+    "hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 2, "conv_dim": (24,),
+    "conv_kernel": (2,), "conv_stride": (2,), "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 4,
+    "layerdrop": 0.0, "mask_time_prob": 0.0, "mask_feature_prob": 0.0, "feat_proj_dropout": 0.0, "vocab_size": 20,
+}  # fmt: skip
+_WAVES_DROPOUT = ("hidden_dropout", "attention_dropout", "activation_dropout")
+_STABLE = {**_WAVES, "do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True}
+_ESM = {**BERT, "layer_norm_eps": 1e-5}
+_DINO = {**_PATCHES, "layerscale_value": 0.7, "mlp_ratio": 2}
+_EUROBERT = {**BERT, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 2}
+_GPT2 = {
+    **TEXT, "n_embd": 48, "n_head": 4, "n_inner": 64, "n_layer": 2, "n_positions": 64, "use_cache": False,
+    "bos_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+_GPT2_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+FAMILIES |= {
+    "esm": Family(
+        "esm", "EsmModel", {**_ESM, "position_embedding_type": "rotary"}, 3, since="5.6", first_position=0
+    ),
+    "esm absolute": Family(
+        "esm", "EsmModel", {**_ESM, "emb_layer_norm_before": True}, 3, since="5.6", first_position=2, variant=True
+    ),
+    "eurobert": Family(
+        "eurobert", "EuroBertModel", _EUROBERT, 3, ("attention_dropout",), since="5.3", first_position=0
+    ),
+    "eurobert biases": Family(
+        "eurobert", "EuroBertModel",
+        {**_EUROBERT, "attention_bias": True, "mlp_bias": True, "head_dim": 16, "hidden_act": "gelu"}, 3,
+        ("attention_dropout",), since="5.3", variant=True,
+    ),
+    "nomic bert": Family("nomic_bert", "NomicBertModel", BERT, 3, since="5.5", first_position=0),
+    "gpt2": Family("gpt2", "GPT2Model", _GPT2, 3, _GPT2_DROPOUT, since="5.4", first_position=0),
+    "gpt2 scaled by layer": Family(
+        "gpt2", "GPT2Model", {**_GPT2, "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"}, 3,
+        _GPT2_DROPOUT, since="5.4", variant=True,
+    ),
+    "dinov2": Family("dinov2", "Dinov2Model", _DINO, 2, since="5.18", encoder=False),
+    "dinov2 gated": Family(
+        "dinov2", "Dinov2Model", {**_DINO, "use_swiglu_ffn": True, "qkv_bias": False}, 2, since="5.18", encoder=False
+    ),
+    "dinov2 registers": Family(
+        "dinov2_with_registers", "Dinov2WithRegistersModel", {**_DINO, "image_size": 8, "num_register_tokens": 4}, 2,
+        since="5.18", encoder=False, variant=True,
+    ),
+    "wav2vec2": Family("wav2vec2", "Wav2Vec2Model", _WAVES, 3, _WAVES_DROPOUT, since="5.16", encoder=False),
+    "wav2vec2 stable": Family("wav2vec2", "Wav2Vec2Model", _STABLE, 3, _WAVES_DROPOUT, since="5.16", encoder=False),
+    "hubert": Family("hubert", "HubertModel", _WAVES, 3, _WAVES_DROPOUT, since="5.16", encoder=False, variant=True),
+    "hubert stable": Family(
+        "hubert", "HubertModel", _STABLE, 3, _WAVES_DROPOUT, since="5.16", encoder=False, variant=True
+    ),
+    "whisper": Family(
+        "whisper", "WhisperModel",
+        {**_BART, "num_mel_bins": 6, "max_source_positions": 9, "max_target_positions": 64, "eos_token_id": 0,
+         "bos_token_id": 0},
+        4, BART_DROPOUT, since="5.4", encoder=False,
+    ),
+}  # fmt: skip
+
+
 def older_than(version: str) -> bool:
     import transformers
 
@@ -173,7 +233,8 @@ def small_model(name: str, *, implementation: str | None = None, dropout: float 
 def batch(kind: str = "padded", length: int = 9, model: nn.Module | None = None) -> dict[str, Tensor]:
     """Inputs of a model, of one of texts by default."""
     generator = torch.Generator().manual_seed(0)
-    if getattr(model, "main_input_name", "") == "pixel_values":
+    main, inputs = getattr(model, "main_input_name", ""), {}
+    if main == "pixel_values":
         size = model.config.image_size  # type: ignore[union-attr]
         return {"pixel_values": torch.randn(4, 3, size, size, generator=generator)}
     mask = torch.ones(4, length, dtype=torch.long)
@@ -182,8 +243,16 @@ def batch(kind: str = "padded", length: int = 9, model: nn.Module | None = None)
         mask[2, :3] = 0  # padding on the left
     if kind == "gaps":
         mask[3, 1::2] = 0  # and in between
-    ids = torch.randint(2, 100, mask.shape, generator=generator)
-    inputs = {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}
+    if main == "input_features":
+        features = torch.randn(4, 6, 2 * length, generator=generator)
+        inputs = {"input_features": features.to(model.dtype)}  # type: ignore[union-attr]
+    elif main == "input_values":  # two samples a frame; only how many are real counts
+        samples = torch.randn(4, 2 * length, generator=generator)
+        samples = samples.to(model.dtype)  # type: ignore[union-attr]
+        return {"input_values": samples, "attention_mask": mask.repeat_interleave(2, 1)}
+    else:
+        ids = torch.randint(2, 100, mask.shape, generator=generator)
+        inputs = {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}
     if hasattr(model, "decoder"):
         target = torch.ones(4, 7, dtype=torch.long)
         target[2, 5:] = 0
@@ -192,9 +261,20 @@ def batch(kind: str = "padded", length: int = 9, model: nn.Module | None = None)
     return inputs
 
 
-def real_tokens(inputs: dict[str, Tensor]) -> Tensor:
-    """Which positions of the last hidden state count; of images all."""
+def encoded_tokens(inputs: dict[str, Tensor]) -> Tensor:
+    """Which positions of the encoder's last hidden state count; of images all."""
     if "pixel_values" in inputs:
-        batch, _, size, _ = inputs["pixel_values"].shape
-        return torch.ones(batch, {12: 10, 16: 16}[size], dtype=torch.bool)  # with a class token and without
-    return inputs.get("decoder_attention_mask", inputs["attention_mask"]).bool()
+        batch, _, size, _ = inputs["pixel_values"].shape  # with a class token, with registers too, without either
+        return torch.ones(batch, {12: 10, 16: 16, 8: 9}[size], dtype=torch.bool)
+    if "input_features" in inputs:
+        batch, _, length = inputs["input_features"].shape
+        return torch.ones(batch, length // 2, dtype=torch.bool)
+    mask = inputs["attention_mask"]
+    if "input_values" not in inputs:
+        return mask.bool()
+    return torch.arange(mask.shape[1] // 2, device=mask.device) < mask.sum(1, keepdim=True) // 2
+
+
+def real_tokens(inputs: dict[str, Tensor]) -> Tensor:
+    """Which positions of the last hidden state count."""
+    return inputs["decoder_attention_mask"].bool() if "decoder_attention_mask" in inputs else encoded_tokens(inputs)

@@ -1,0 +1,97 @@
+"""GPT-2: causal, pre-norm, weights the other way round. In a call that fills or reads a cache the stock blocks run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..packing import FlattenedPacking, PaddedPacking
+from .calls import Call
+from .encoders import PaddingFree
+from .layers import Adapter, FusedLayer, activation, at, rate
+from .stock import Stock
+
+FAMILIES = {"gpt2": "GPT2"}
+
+_BLOCK = {
+    "Block": "hidden_states attention_mask **kwargs: attn ln_1 ln_2 ln_cross_attn mlp",
+    "Attention": "hidden_states attention_mask **kwargs: _upcast_and_reordered_attn attn_dropout c_attn c_proj "
+                 "head_dim q_attn reorder_and_upcast_attn resid_dropout scaling split split_size",
+    "MLP": "hidden_states: act c_fc c_proj dropout",
+}  # fmt: skip
+_MODEL = {
+    "Model": "input_ids attention_mask token_type_ids position_ids **kwargs: add_cross_attention "
+             "create_bidirectional_mask create_causal_mask drop gradient_checkpointing h ln_f ndim pop "
+             "warn_if_padding_and_no_attention_mask wpe wte",
+}  # fmt: skip
+
+
+class _Adapter(Adapter):
+    """Of GPT-2's blocks."""
+
+    weights: ClassVar = {
+        "in_proj": "attn.c_attn", "out_proj": "attn.c_proj", "norm1": "ln_1", "weight1": "mlp.c_fc",
+        "weight2": "mlp.c_proj", "norm2": "ln_2",
+    }  # fmt: skip
+    attention = "attn"
+    dropouts = ("attn.attn_dropout", "attn.resid_dropout", "mlp.dropout")
+
+    def why_not_more(self, layer: Any) -> str:
+        if "crossattention" in layer._modules:
+            return "it has cross-attention"
+        return "attention is reordered and upcast" if at(layer, "attn").reorder_and_upcast_attn else ""
+
+    def options_of(self, layer: Any) -> dict[str, Any]:
+        attention = at(layer, "attn")
+        return {
+            "norm_first": True, "scale": attention.scaling, "activation": activation(at(layer, "mlp").act),
+            "eps1": at(layer, "ln_1").eps, "eps2": at(layer, "ln_2").eps,
+            "attn_dropout_p": at(attention, "attn_dropout").p if attention.training else 0.0,
+            "dropout1_p": rate(attention, "resid_dropout"), "dropout2_p": rate(layer, "mlp.dropout"),
+        }  # fmt: skip
+
+
+class _FusedModel(PaddingFree):
+    """GPT-2; mixed into a subclass of it."""
+
+    layer_list = "h"
+    served = frozenset({"input_ids", "attention_mask", "inputs_embeds", "position_ids", "token_type_ids"})
+
+    def _plan(self, inputs: Tensor, given: dict[str, Any], flattened: dict[str, Any]) -> tuple[Any, Call] | None:
+        bidirectional = not getattr(self.config, "is_causal", True)
+        return None if bidirectional or self._uses_cache(given) else super()._plan(inputs, given, flattened)
+
+    def _uses_cache(self, given: dict[str, Any]) -> bool:
+        asked: Any = given.get("use_cache")
+        return bool(self.config.use_cache if asked is None else asked)  # type: ignore[union-attr]
+
+    def _call(self, packing: PaddedPacking | None, inputs: Tensor, given: dict[str, Any]) -> Call:
+        call = Call(packing, is_causal=True)
+        call.last = list(self.layers_of(self))[-1]
+        return call
+
+    def _prepare(self, given: dict[str, Any], call: Call, is_flattened: bool) -> None:
+        if call.packing is None:
+            return
+        if isinstance(call.packing, FlattenedPacking) and given.get("position_ids") is None:
+            given["position_ids"] = call.packing.positions()[None]
+        # A mask of four dimensions is handed on as it is: none of T x T is made of the positions. No block reads it.
+        given["attention_mask"] = call.packing.indices.new_zeros(1, 1, 1, 1)
+
+    def _for_stock(self, given: dict[str, Any], flattened: dict[str, Any]) -> dict[str, Any]:
+        """transformers makes a mask of positions that restart, unless there is another mask or a cache."""
+        way = self.config._attn_implementation  # type: ignore[union-attr]
+        masked = given.get("position_ids") is not None and given.get("attention_mask") is None
+        if masked and way in ("eager", "sdpa") and not self._uses_cache(given):
+            return {}
+        return super()._for_stock(given, flattened)
+
+
+def fused_classes(stock: Stock) -> Iterator[type]:
+    """The classes that take the place of GPT-2's."""
+    parts = {"attn": stock["Attention"], "mlp": stock["MLP"]}
+    block = stock.fused(FusedLayer, "Block", _BLOCK, adapter=_Adapter(parts))
+    yield block
+    yield stock.fused(_FusedModel, "Model", _MODEL, fused_layer=block)
