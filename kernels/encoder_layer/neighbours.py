@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 _wholes: dict[int, tuple[tuple[Any, ...], Tensor]] = {}
 """By the first one's id: weak references to all, and one tensor of their memory."""

@@ -88,7 +88,8 @@ def attention_part(
     heads = [each.unflatten(-1, (-1, o.head_dim)) for each in found]
     if len(heads) == 1:
         heads = list(heads[0].split((o.nhead, o.kv_nhead, o.kv_nhead), -2))
-    out = attend(*heads, t, o, max_seqlen)
+    query, key, value = heads
+    out = attend(query, key, value, t, o, max_seqlen)
     return _linear(out, "out_proj", t.out_proj_weight, t.out_proj_bias, modules)
 
 
