@@ -160,6 +160,8 @@ def unfuse(model: nn.Module) -> None:
             for name in ("padding", "recompute"):
                 if hasattr(type(module), name):
                     vars(module).pop(name, None)
+            if huggingface:
+                huggingface.let_go(module)
             module.__class__ = plain
 
 

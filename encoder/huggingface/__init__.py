@@ -32,10 +32,10 @@ from . import (
 )
 from .heads import why_padding_matters
 from .interface import attention_forward
-from .layers import lay_together
+from .layers import lay_together, let_go
 from .stock import Stock, why_changed
 
-__all__ = ["attention_forward", "lay_together", "why_changed", "why_padding_matters"]
+__all__ = ["attention_forward", "lay_together", "let_go", "why_changed", "why_padding_matters"]
 
 REPLACEMENTS: dict[type, type] = {}
 """Each class that `fuse` knows here, and the class that takes its place."""

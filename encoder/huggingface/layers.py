@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -262,6 +262,17 @@ _GROUPS = (("in_proj", "k_proj", "v_proj"), ("weight1", "up"))
 def lay_together(layer: Any) -> None:
     """Let the weights of query, key and value lie one behind the other, so that one product does for them, and those of
     a gate and what it gates; likewise their biases. The parameters stay the same objects: only their data move."""
+    for group in _groups(layer):
+        neighbours.lay_together(group)
+
+
+def let_go(layer: Any) -> None:
+    """Forget that they do: for a layer that is fused no longer."""
+    for group in _groups(layer):
+        neighbours.let_go(group)
+
+
+def _groups(layer: Any) -> Iterator[list[Any]]:
     if not isinstance(layer, FusedLayer):
         return
     places = layer.adapter.weights_of(layer)
@@ -269,4 +280,4 @@ def lay_together(layer: Any) -> None:
         modules = [at(layer, places[name]) for name in group if name in places]
         if len(modules) == len(group) and all(type(module) is nn.Linear for module in modules):
             for name in ("weight", "bias"):
-                neighbours.lay_together([module._parameters.get(name) for module in modules])
+                yield [module._parameters.get(name) for module in modules]

@@ -34,7 +34,7 @@ def _region(like: Tensor) -> _Region:
     region = None if reference is None else reference()
     if region is None:
         region = _Region()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             leaf = _leaves.get(device)
             if leaf is None:
                 leaf = _leaves[device] = torch.empty(0, 0, device=device, requires_grad=True)
@@ -52,14 +52,16 @@ def cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
         return None
     if all(t is not None and t.dtype == dtype for t in tensors):
         return stacked(tensors)
+    there: Any = tensors
+    if any(t.is_inference() for t in there):  # nobody counts the changes of those
+        return stacked(tensors).to(dtype)  # type: ignore[union-attr]
     casts = _region(first).casts
     key = (*map(id, tensors), dtype)
     found = casts.get(key)
-    versions = [n for t in tensors for n in (t._version, t.data_ptr())]  # type: ignore[union-attr]
+    versions = [n for t in there for n in (t._version, t.data_ptr())]
     if found is not None and found[1] == versions and all(a is b for a, b in zip(found[0], tensors, strict=True)):
         return found[2]
-    with torch.no_grad():
-        whole: Any = stacked(tensors)
-        copy = whole.to(dtype)
+    with torch.inference_mode(False), torch.no_grad():  # a later call may keep it for a backward pass
+        copy: Tensor = stacked(tensors).to(dtype)  # type: ignore[union-attr]
     casts[key] = (tuple(tensors), versions, copy)
     return copy

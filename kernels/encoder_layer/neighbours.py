@@ -23,7 +23,10 @@ def lay_together(tensors: Sequence[Any]) -> None:
 
     Left as they are: what is no plain tensor, of several dtypes or devices, not contiguous, or shares its memory.
     """
-    if find(tensors)[0] or torch.is_inference_mode_enabled() or not all(_may_move(t, tensors[0]) for t in tensors):
+    if find(tensors)[0]:
+        return
+    let_go(tensors)
+    if torch.is_inference_mode_enabled() or not all(_may_move(t, tensors[0]) for t in tensors):
         return
     first = tensors[0]
     with torch.no_grad():
@@ -33,6 +36,11 @@ def lay_together(tensors: Sequence[Any]) -> None:
     key = id(first)
     references = (weakref.ref(first, lambda _: _wholes.pop(key, None)), *(weakref.ref(t) for t in tensors[1:]))
     _wholes[key] = references, whole
+
+
+def let_go(tensors: Sequence[Any]) -> None:
+    """Forget that tensors lie together, and what memory they had when they did."""
+    _wholes.pop(id(tensors[0]), None)
 
 
 def _may_move(t: Any, first: Any) -> bool:

@@ -277,6 +277,10 @@ def test_only_memory_of_their_own_is_moved():
         neighbours.lay_together(tensors)
         assert [t.data_ptr() for t in tensors] == at and not neighbours.find(tensors)[0], held
     kept = len(neighbours._wholes)
+    together[0].data = together[0].data.clone()
+    assert not neighbours.find(together)[0]
+    neighbours.lay_together(together)
+    assert neighbours.find(together)[0] and len(neighbours._wholes) == kept
     del together
     assert len(neighbours._wholes) == kept - 1
 
@@ -372,6 +376,26 @@ def test_autocast(device, backend, norm_first, form):
         assert g.dtype == torch.float32
         least = size_of_a_sum(2 * 70) if i > 1 else 0.0  # of parameters, over the rows of both layers
         compare(f"result {i}", g, x, e, GRADIENT_FACTOR if i else FORWARD_FACTOR, torch.bfloat16, least)
+
+
+def test_autocast_in_inference_mode(device):
+    """And training in the same region, with the same casts."""
+    src, weights = tensors((2, 35, 48), device=device)
+    given, join = split(weights)
+    leaves = [t.detach().requires_grad_() for t in (src, *given)]
+
+    def run():
+        return encoder_layer(encoder_layer(leaves[0], join(leaves[1:]), HEADS), join(leaves[1:]), HEADS)
+
+    with torch.autocast("cpu" if src.is_cpu else "cuda", torch.bfloat16):
+        with torch.inference_mode():
+            inferred = run()
+        trained = run()
+        assert torch.equal(inferred, trained.detach())
+        output_and_gradients(trained, leaves)
+        with torch.inference_mode():
+            leaves[1].mul_(2.0)
+            assert not torch.equal(run(), inferred)
 
 
 def test_autocast_with_dropout_is_that_of_the_parts(device):
