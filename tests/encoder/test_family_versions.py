@@ -20,7 +20,7 @@ from torch import nn
 SINCE = {
     "vit": "5.9", "t5": "5.15", "mt5": "5.15", "bart": "5.4", "marian": "5.4", "esm": "5.6", "dinov2": "5.18",
     "dinov2_with_registers": "5.18", "wav2vec2": "5.16", "hubert": "5.16", "whisper": "5.4", "gpt2": "5.4",
-    "eurobert": "5.3", "nomic_bert": "5.5",
+    "eurobert": "5.3", "nomic_bert": "5.5", "siglip": "5.6",
 }  # fmt: skip
 """The oldest transformers with the classes that fusenc knows; 5.2 where nothing is said."""
 
