@@ -45,7 +45,8 @@ _PREFIXES = (
 )  # fmt: skip
 
 _INDEPENDENT = {prefix + ending for prefix in _PREFIXES for ending in INDEPENDENT} | {
-    "EncoderDecoderModel", "VisionTextDualEncoderModel", "SiglipVisionModel", "SiglipForImageClassification",
+    "EncoderDecoderModel", "VisionTextDualEncoderModel", "SiglipVisionModel", "SiglipVisionTransformer",
+    "SiglipForImageClassification",
     "DPRContextEncoder", "DPRQuestionEncoder", "DPREncoder",
     "Wav2Vec2Model", "Wav2Vec2ForCTC", "Wav2Vec2ForSequenceClassification",  # by lengths, and by the mask
     "HubertModel", "HubertForCTC", "HubertForSequenceClassification",

@@ -383,8 +383,10 @@ def test_autocast(device, backend, norm_first, form):
         compare(f"result {i}", g, x, e, GRADIENT_FACTOR if i else FORWARD_FACTOR, torch.bfloat16, least)
 
 
-def test_autocast_in_inference_mode(device):
+def test_autocast_in_inference_mode(device, backend):
     """And training in the same region, with the same casts."""
+    if backend == "eager":
+        pytest.skip("torch's own casts of inference mode cannot always be kept for a backward pass")
     src, weights = tensors((2, 35, 48), device=device)
     given, join = split(weights)
     leaves = [t.detach().requires_grad_() for t in (src, *given)]
