@@ -253,7 +253,21 @@ def _case(
         return lambda inputs: make(Inputs([], inputs.others, [t[real] for t in inputs.upstream]))
 
     def flattened() -> Maker:
-        raise AbsentError("fuse does not serve flattened batches yet")
+        model, real = fused_model(), ids()[1].bool()
+        starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=real.device)
+        places = real.flatten().nonzero()[:, 0]
+        positions = torch.cat([torch.arange(n, device=real.device) for n in lengths])[None]
+        longest = max(lengths)
+        texts: dict[str, Any] = {
+            "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest,
+        }  # fmt: skip
+
+        def hidden(tokens: Tensor, mask: Tensor) -> Tensor:
+            flat = tokens.flatten()[places][None]
+            return model(input_ids=flat, position_ids=positions, **texts).last_hidden_state[0]  # type: ignore[no-any-return]
+
+        make = of_hidden(model, hidden)
+        return lambda inputs: make(Inputs([], inputs.others, [t[real] for t in inputs.upstream]))
 
     def reference() -> Maker:
         model = made("eager")
