@@ -16,18 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operators that allocate or describe memory and launch nothing; views are known by their schema.
 _NO_KERNEL = (
-    "unsafe_split",
-    "unsafe_split_with_sizes",
-    "empty",
-    "new_empty",
-    "empty_like",
-    "empty_strided",
-    "resize_",
-    "_unsafe_view",
-    "detach",
-    "_reshape_alias",
-    "alias",
-)
+    "empty", "new_empty", "empty_like", "empty_strided", "resize_", "unsafe_split", "unsafe_split_with_sizes",
+    "_unsafe_view", "detach", "_reshape_alias", "alias",
+)  # fmt: skip
 
 
 class _Operators(TorchDispatchMode):

@@ -55,9 +55,10 @@ def fuse(
 
     Knows `nn.TransformerEncoder`, `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer`, an
     `nn.MultiheadAttention` that is no part of one and, of Hugging Face, BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA,
-    DistilBERT, ALBERT, MPNet, ModernBERT, EuroBERT, Nomic BERT, ESM-2, ViT, DINOv2, CLIP, wav2vec 2.0, HuBERT, Whisper,
-    T5's encoder, BART, Marian and GPT-2, wherever they are in the model: under a head, in a sentence-transformers
-    model, under peft's adapters (docs/huggingface.md). Parameters, state_dict and `save_pretrained` are untouched.
+    DistilBERT, ALBERT, MPNet, ModernBERT, EuroBERT, Nomic BERT, ESM-2, ViT, DINOv2, CLIP, SigLIP, wav2vec 2.0, HuBERT,
+    Whisper, T5's encoder, BART, Marian and GPT-2, wherever they are in the model: under a head, in a
+    sentence-transformers model, under peft's adapters (docs/huggingface.md). Parameters, state_dict and
+    `save_pretrained` are untouched.
     Encoders also leave padding out: tokens are packed once, run through all layers and are unpacked once, so hidden
     states at padded positions come back as 0 (unfused they hold values that nobody should use). On a GPU this waits for
     the device once in each call with a padding mask.

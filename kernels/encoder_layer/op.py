@@ -18,11 +18,7 @@ from ..common.operator import Operation, Prepare, autocast_dtype
 from ..ffn.eager import ACTIVATIONS
 from ..rotary.op import ROTARY, of_tables
 from . import parts
-from .arguments import (
-    LayerWeights,
-    Options,
-    Tensors,
-)
+from .arguments import LayerWeights, Options, Tensors
 from .neighbours import find
 
 _WEIGHTS = len(LayerWeights._fields)

@@ -1,5 +1,5 @@
-"""The layer part by part, on this library's functions: what it means, and the path of the CPU, of torch.compile, of
-autocast, and of linear layers and activations that are modules."""
+"""The layer part by part, on this library's functions: what it means, and the path of the CPU, of torch.compile, and of
+linear layers and activations that are modules."""
 
 from __future__ import annotations
 
@@ -101,19 +101,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, t: Tensors, o: Options, ma
         options["window"] = tuple(None if size < 0 else size for size in (o.left, o.right))
     if o.softcap:
         options["softcap"] = o.softcap
-    if t.cu_seqlens is not None:
-        starts = t.cu_seqlens
-        if t.cos is not None and t.sin is not None:
-            query, key = rotary(query, key, t.cos, t.sin)  # type: ignore[assignment]
+    starts, order = t.cu_seqlens, (0, 2, 1, 3) if o.batch_first else (1, 2, 0, 3)
+    if starts is None:
+        query, key, value = (each.permute(order) for each in (query, key, value))
+    if t.cos is not None and t.sin is not None:
+        query, key = rotary(query, key, t.cos, t.sin)  # type: ignore[assignment]
+    if starts is not None:
         out = attention_varlen(
             query, key, value, starts, starts, max_seqlen, max_seqlen, t.attn_mask, o.attention_p, o.is_causal,
             **options,
         )  # fmt: skip
         return out.flatten(-2)
-    order = (0, 2, 1, 3) if o.batch_first else (1, 2, 0, 3)
-    query, key, value = (each.permute(order) for each in (query, key, value))
-    if t.cos is not None and t.sin is not None:
-        query, key = rotary(query, key, t.cos, t.sin)  # type: ignore[assignment]
     out = attention(
         query, key, value, t.attn_mask, o.attention_p, o.is_causal, enable_gqa=o.nhead != o.kv_nhead, **options
     )
@@ -125,9 +123,8 @@ def feed_forward(
 ) -> Tensor:
     """The block's output, dropped out with probability `p` and added to a residual, if there is one."""
     activation: Any = o.activation
-    up = () if t.up_weight is None else ((t.up_weight, t.up_bias),)
     whole = isinstance(activation, str) and not modules.keys() & {"weight1", "up", "weight2"}
-    if whole and (not up or would_use_triton(x)):
+    if whole and (t.up_weight is None or would_use_triton(x)):
         stack: Any = stacked if without_derivatives() else _concatenated
         weight, bias = stack((t.weight1, t.up_weight)), stack((t.bias1, t.up_bias))
         return ffn(
@@ -136,7 +133,7 @@ def feed_forward(
         )  # type: ignore[arg-type]  # fmt: skip
     hidden = _linear(x, "weight1", t.weight1, t.bias1, modules)
     rest: Tensor | None = None
-    if up or "up" in modules:
+    if t.up_weight is not None:
         rest = _linear(x, "up", t.up_weight, t.up_bias, modules)
     elif o.gated:
         hidden, rest = hidden.chunk(2, -1)
