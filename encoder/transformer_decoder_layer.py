@@ -5,30 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
 from .kernels.attention.eager import MAX_HEAD_DIM
-from .kernels.common.backend import would_use_triton
 from .modules import activation_name, why_not_plain
-from .multihead_attention import (
-    batch_and_length,
-    check_hint,
-    join_heads,
-    masks_fit,
-    merged_mask,
-    project,
-)
+from .multihead_attention import batch_and_length, check_hint, masks_fit, merged_mask
 
 _ATTENTIONS = ("self_attn", "multihead_attn")
+_DROPOUTS = ("dropout", "dropout1", "dropout2", "dropout3")
+_FEED_FORWARD, _KINDS = ("linear1", "linear2", "norm3"), ("weight", "bias")
 _WEIGHTED = ("linear1", "linear2", "norm1", "norm2", "norm3")
 _PARTS: tuple[tuple[str, type[nn.Module]], ...] = (
     *((name, nn.MultiheadAttention) for name in _ATTENTIONS),
     ("linear1", nn.Linear),
     ("linear2", nn.Linear),
     *((f"norm{i}", nn.LayerNorm) for i in (1, 2, 3)),
-    *((name, nn.Dropout) for name in ("dropout", "dropout1", "dropout2", "dropout3")),
+    *((name, nn.Dropout) for name in _DROPOUTS),
 )
 _BLOCKS = ("_sa_block", "_mha_block", "_ff_block")
 
@@ -60,8 +53,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                 return f"{name} has options that are not fused"
             if attn.head_dim > MAX_HEAD_DIM:
                 return f"the head size is above {MAX_HEAD_DIM}"
-        if parts["self_attn"].batch_first is not parts["multihead_attn"].batch_first:
-            return "self_attn and multihead_attn disagree about batch_first"
+        for name in ("batch_first", "num_heads"):
+            if getattr(parts["self_attn"], name) != getattr(parts["multihead_attn"], name):
+                return f"self_attn and multihead_attn disagree about {name}"
         cls = type(self)
         if cls is not TransformerDecoderLayer:
             for name in _BLOCKS:
@@ -94,27 +88,33 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             )  # fmt: skip
         check_hint(tgt_is_causal, tgt_mask)
         check_hint(memory_is_causal, memory_mask)
-        to_itself = merged_mask(tgt_mask, tgt_key_padding_mask, tgt_is_causal, tgt, sizes[0])
-        to_memory = merged_mask(memory_mask, memory_key_padding_mask, memory_is_causal, tgt, sizes[1])
+        mask, causal = merged_mask(tgt_mask, tgt_key_padding_mask, tgt_is_causal, tgt, sizes[0])
+        memory_mask, causal_memory = merged_mask(memory_mask, memory_key_padding_mask, memory_is_causal, tgt, sizes[1])
+        unbatched = tgt.dim() == 2
+        if unbatched:
+            tgt, memory = tgt.unsqueeze(0), memory.unsqueeze(0)
         parts: Any = self._modules
-        norm1, norm2, norm3 = parts["norm1"], parts["norm2"], parts["norm3"]
-        dropout1, dropout2, dropout3 = parts["dropout1"], parts["dropout2"], parts["dropout3"]
-        # The bias of a product is added where its result is read, in the norm's kernel, whose backward pass sums its
-        # gradient. Elsewhere the product adds it for nothing.
-        fold = would_use_triton(tgt)
-        if not self.norm_first:
-            attended, bias = _attend(parts["self_attn"], tgt, tgt, *to_itself, fold)
-            x = _add_norm(attended, tgt, norm1, dropout1, bias)
-            attended, bias = _attend(parts["multihead_attn"], x, memory, *to_memory, fold)
-            x = _add_norm(attended, x, norm2, dropout2, bias)
-            activated, bias = self._feed_forward(x, fold)
-            return _add_norm(activated, x, norm3, dropout3, bias)
-        normed = kernels.add_norm(tgt, None, norm1.weight, norm1.bias, eps=norm1.eps)
-        attended, bias = _attend(parts["self_attn"], normed, normed, *to_itself, fold)
-        normed, x = _add_norm(attended, tgt, norm2, dropout1, bias, return_sum=True)
-        attended, bias = _attend(parts["multihead_attn"], normed, memory, *to_memory, fold)
-        normed, x = _add_norm(attended, x, norm3, dropout2, bias, return_sum=True)
-        return self._feed_forward(normed, False, x)[0]
+        attn, attn2, norm1, norm2, norm3 = [parts[name] for name in (*_ATTENTIONS, "norm1", "norm2", "norm3")]
+        dropout, dropout1, dropout2, dropout3 = [parts[name] for name in _DROPOUTS]
+        of_feed_forward = [parts[name]._parameters[kind] for name in _FEED_FORWARD for kind in _KINDS]
+        weights, across = [
+            kernels.LayerWeights(
+                of._parameters["in_proj_weight"], of._parameters["in_proj_bias"],
+                *[part._parameters[kind] for part in (of._modules["out_proj"], norm) for kind in _KINDS],
+                *of_feed_forward,
+            )
+            for of, norm in ((attn, norm1), (attn2, norm2))
+        ]  # fmt: skip
+        out = kernels.decoder_layer(
+            tgt, weights, attn.num_heads, memory, across, memory_mask=memory_mask, memory_is_causal=causal_memory,
+            memory_dropout_p=attn2.dropout if attn2.training else 0.0, across_eps=norm2.eps,
+            across_dropout_p=_rate(dropout2), attn_mask=mask, is_causal=causal,
+            batch_first=attn.batch_first or unbatched, norm_first=self.norm_first,
+            activation=activation_name(self.activation) or self.activation, eps1=norm1.eps, eps2=norm3.eps,
+            attn_dropout_p=attn.dropout if attn.training else 0.0, dropout1_p=_rate(dropout1), dropout_p=_rate(dropout),
+            dropout2_p=_rate(dropout3),
+        )  # fmt: skip
+        return out.squeeze(0) if unbatched else out
 
     def _sizes(self, tgt: Tensor, memory: Tensor) -> tuple[tuple[int, int, int, int], ...]:
         """Batch, heads, queries and keys of both attentions; empty for inputs that do not fit."""
@@ -135,42 +135,6 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         if memory_batch != batch:
             return ()
         return (batch, attn.num_heads, len_q, len_q), (batch, attn.num_heads, len_q, len_k)
-
-    def _feed_forward(self, x: Tensor, fold: bool, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The block's output, dropped out and added to a residual if there is one, and with `fold` the bias that it
-        still lacks."""
-        parts: Any = self._modules
-        linear1, linear2, dropout, dropout3 = (parts[name] for name in ("linear1", "linear2", "dropout", "dropout3"))
-        activation = activation_name(self.activation)
-        if activation is None:
-            out = linear2(dropout(self.activation(linear1(x))))
-            return (out if residual is None else residual + dropout3(out)), None
-        out = kernels.ffn(
-            x, linear1.weight, linear1.bias, linear2.weight, None if fold else linear2.bias, activation=activation,
-            dropout_p=_rate(dropout), out_dropout_p=0.0 if residual is None else _rate(dropout3), residual=residual,
-        )  # fmt: skip
-        return out, linear2.bias if fold else None
-
-
-def _attend(
-    attn: nn.MultiheadAttention, x: Tensor, memory: Tensor, mask: Tensor | None, is_causal: bool, fold: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Attention's output, and with `fold` the bias that it still lacks."""
-    query, key, value = project(attn, x, memory, memory, attn.batch_first)
-    dropout_p = attn.dropout if attn.training else 0.0
-    out = join_heads(kernels.attention(query, key, value, mask, dropout_p, is_causal), x, attn.batch_first)
-    weight, bias = attn.out_proj.weight, attn.out_proj.bias
-    return (F.linear(out, weight), bias) if fold else (F.linear(out, weight, bias), None)
-
-
-def _add_norm(
-    x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout, x_bias: Tensor | None,
-    return_sum: bool = False,
-) -> Any:  # fmt: skip
-    return kernels.add_norm(
-        x, residual, norm.weight, norm.bias, eps=norm.eps, dropout_p=_rate(dropout), x_bias=x_bias,
-        return_sum=return_sum,
-    )  # fmt: skip
 
 
 def _rate(dropout: nn.Dropout) -> float:

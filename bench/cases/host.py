@@ -155,22 +155,22 @@ def _heads(*projected: Tensor) -> Tensor:
 
 
 def _ours_decoder(src: Tensor, memory: Tensor, *weights: Tensor) -> Tensor:
-    (*itself, q, q_bias, k, k_bias, v, v_bias) = weights[:12]
-    across, rest = weights[12:16], weights[16:]
     of: Any = fusenc.kernels.LayerWeights
-    return _ours("decoder_layer")(
-        src, of(*itself, *rest), _HEADS, memory, of(q, q_bias, *across, *rest, k, k_bias, v, v_bias)
-    )
+    first, second, rest = weights[:6], weights[6:12], weights[12:]
+    return _ours("decoder_layer")(src, of(*first, *rest), _HEADS, memory, of(*second, *rest))
 
 
 def _decoder(src: Tensor, memory: Tensor, *weights: Tensor) -> Tensor:
-    (in_weight, in_bias, out_weight, out_bias, norm1, norm1_bias, *across) = weights[:16]
-    (q, q_bias, k, k_bias, v, v_bias, out2_weight, out2_bias, norm2, norm2_bias) = across
-    (*block, norm3, norm3_bias) = weights[16:]
-    projected = F.linear(src, in_weight, in_bias).chunk(3, -1)
-    x = F.layer_norm(src + F.linear(_heads(*projected), out_weight, out_bias), (_WIDTH,), norm1, norm1_bias)
-    attended = _heads(F.linear(x, q, q_bias), F.linear(memory, k, k_bias), F.linear(memory, v, v_bias))
-    x = F.layer_norm(x + F.linear(attended, out2_weight, out2_bias), (_WIDTH,), norm2, norm2_bias)
+    x = src
+    for in_weight, in_bias, out_weight, out_bias, norm, norm_bias in (weights[:6], weights[6:12]):
+        projected: Any = ()
+        if x is src:
+            projected = F.linear(x, in_weight, in_bias).chunk(3, -1)
+        else:
+            (q, kv), (q_bias, kv_bias) = (t.split((_WIDTH, 2 * _WIDTH)) for t in (in_weight, in_bias))
+            projected = F.linear(x, q, q_bias), *F.linear(memory, kv, kv_bias).chunk(2, -1)
+        x = F.layer_norm(x + F.linear(_heads(*projected), out_weight, out_bias), (_WIDTH,), norm, norm_bias)
+    (*block, norm3, norm3_bias) = weights[12:]
     return F.layer_norm(x + _ffn(x, *block), (_WIDTH,), norm3, norm3_bias)
 
 
@@ -213,7 +213,7 @@ FUNCTIONS = {
     ),
     "decoder_layer": Function(
         _ours_decoder, _decoder,
-        (_ROW, _ROW, (3 * _WIDTH, _WIDTH), (3 * _WIDTH,), *_SQUARE, *_NORM, *_SQUARE * 4, *_NORM, *_BLOCK, *_NORM),
+        (_ROW, _ROW, *((3 * _WIDTH, _WIDTH), (3 * _WIDTH,), *_SQUARE, *_NORM) * 2, *_BLOCK, *_NORM),
     ),
 }  # fmt: skip
 

@@ -69,12 +69,12 @@ def record_launches(arch: str = "") -> Iterator[list[Launch]]:
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(_recorded(self, args, kwargs))
 
-    def use_triton(x: Tensor) -> bool:
+    def would_use_triton(x: Tensor) -> bool:
         return x.dtype in backend.KERNEL_DTYPES
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(backend, "use_triton", use_triton),
+        mock.patch.object(backend, "would_use_triton", would_use_triton),
         mock.patch.object(gpu, "compute_units", lambda index: 108),
         mock.patch.object(gpu, "architecture", lambda index: arch),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -46,6 +47,8 @@ class Adapter:
     """Where the modules are whose parameters `kernels.LayerWeights` lists, as paths within a layer: by ``"in_proj"``
     (query, key and value, or with ``"k_proj"`` and ``"v_proj"`` the query), ``"out_proj"``, ``"weight1"`` (beside
     ``"up"`` the gate), ``"weight2"``, ``"norm1"``, ``"norm2"``."""
+    across: ClassVar[Mapping[str, str]] = {}
+    """Likewise those of an attention to a memory, and as ``"norm1"`` the norm that goes with it."""
     attention: str
     """Path of the module that attends."""
     dropouts: tuple[str, ...] = ()
@@ -275,8 +278,7 @@ def let_go(layer: Any) -> None:
 def _groups(layer: Any) -> Iterator[list[Any]]:
     if not isinstance(layer, FusedLayer):
         return
-    places = layer.adapter.weights_of(layer)
-    for group in _GROUPS:
+    for places, group in itertools.product((layer.adapter.weights_of(layer), layer.adapter.across), _GROUPS):
         modules = [at(layer, places[name]) for name in group if name in places]
         if len(modules) == len(group) and all(type(module) is nn.Linear for module in modules):
             for name in ("weight", "bias"):

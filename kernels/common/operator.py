@@ -50,20 +50,20 @@ class Operation:
     """``(*tensors, *sizes)``: what checks and choices depend on, of the tensors."""
     check: Callable[..., tuple[Prepare, Any]]
     """``(tensors, options, sizes, autocast)``: raises for bad arguments; conversions of tensors, and the numbers."""
-    eager: Callable[..., tuple[Tensor | None, ...]]
+    eager: Callable[..., tuple[Tensor | None, ...]] = tuple
     """``(tensors, numbers, *sizes)``: the outputs in plain PyTorch, differentiable."""
-    forward: Callable[..., Callable[..., tuple[Tensor | None, ...]]]
+    forward: Callable[..., Callable[..., tuple[Tensor | None, ...]]] = tuple  # type: ignore[assignment]
     """``(tensors, numbers, sizes, needs)`` to a function of ``(*tensors, *sizes)``, which gives all results. `needs`:
     which of the first tensors need gradients; empty: none, so nothing has to be kept."""
-    keep: Callable[..., tuple[Tensor | None, ...]]
+    keep: Callable[..., tuple[Tensor | None, ...]] = tuple
     """``(tensors, results, numbers)``: what the backward pass is given."""
-    backward: Callable[..., Callable[..., tuple[Tensor | None, ...]]]
+    backward: Callable[..., Callable[..., tuple[Tensor | None, ...]]] = tuple  # type: ignore[assignment]
     """``(grads, saved, numbers, sizes, needs)`` to a function of ``(grads, saved, *sizes)``: the gradients."""
     fake: Callable[..., tuple[Tensor | None, ...]] | None = None
     """``(tensors, numbers, sizes, needs)``: empty tensors like all results of the kernels; None: no operator."""
     instead: Callable[..., Callable[..., Any] | None] | None = None
     """``(tensors, numbers, autocast)``: a differentiable function ``(*tensors, *sizes)`` that serves such calls, or
-    None."""
+    None. Where it serves all, the operation needs no paths of its own."""
     sizes: tuple[str, ...] = ()
     """Names of numbers that differ from batch to batch."""
     dropouts: tuple[str, ...] = ()

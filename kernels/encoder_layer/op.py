@@ -114,28 +114,30 @@ def _check(tensors: Any, options: Any, sizes: tuple[int, ...], autocast: bool) -
     )  # fmt: skip
 
 
-def check_weights(src: Tensor, weights: LayerWeights, nhead: Any, gated: bool, autocast: bool) -> tuple[int, int]:
-    """Raise for parameters that do not fit each other; size of a head, and how many key and value have."""
+def check_weights(
+    src: Tensor, weights: LayerWeights, nhead: Any, gated: bool, autocast: bool, of: str = "weights"
+) -> tuple[int, int]:
+    """Raise for parameters that do not fit each other, called `of`; size of a head, and how many key and value have."""
     for name in ("in_proj_weight", "out_proj_weight", "weight1"):
         value = getattr(weights, name)
-        checks.floating_tensor(f"weights.{name}", value)
+        checks.floating_tensor(f"{of}.{name}", value)
         if value.dim() != 2:
-            checks.fail_value(f"weights.{name}", "two dimensions", value)
+            checks.fail_value(f"{of}.{name}", "two dimensions", value)
     width, (inner, hidden) = src.shape[-1], (weights.out_proj_weight.shape[1], weights.weight1.shape[0])
     if not isinstance(nhead, int) or nhead < 1 or inner == 0 or inner % nhead:
-        checks.fail_value("nhead", f"a number that divides {inner}, the columns of weights.out_proj_weight", nhead)
+        checks.fail_value("nhead", f"a number that divides {inner}, the columns of {of}.out_proj_weight", nhead)
     head_dim, rows, of_key = inner // nhead, weights.in_proj_weight.shape[0], weights.k_proj_weight
     if (of_key is None) != (weights.v_proj_weight is None):
-        checks.fail_value("weights.v_proj_weight", "a tensor just where k_proj_weight is one", weights.v_proj_weight)
+        checks.fail_value(f"{of}.v_proj_weight", "a tensor just where k_proj_weight is one", weights.v_proj_weight)
     if weights.up_weight is not None and not gated:
-        checks.fail_value("weights.up_weight", "None without gated", weights.up_weight)
+        checks.fail_value(f"{of}.up_weight", "None without gated", weights.up_weight)
     for name, needed in (("up_bias", "up_weight"), ("k_proj_bias", "k_proj_weight"), ("v_proj_bias", "v_proj_weight")):
         if getattr(weights, name) is not None and getattr(weights, needed) is None:
-            checks.fail_value(f"weights.{name}", f"None without {needed}", getattr(weights, name))
+            checks.fail_value(f"{of}.{name}", f"None without {needed}", getattr(weights, name))
     if of_key is None:
         kv_rows = max(rows - inner, 0) // 2
     else:
-        checks.floating_tensor("weights.k_proj_weight", of_key)
+        checks.floating_tensor(f"{of}.k_proj_weight", of_key)
         kv_rows = of_key.shape[0]
     kv_nhead = kv_rows // head_dim
     if kv_nhead == 0 or nhead % kv_nhead:
@@ -143,10 +145,10 @@ def check_weights(src: Tensor, weights: LayerWeights, nhead: Any, gated: bool, a
     kv_rows = kv_nhead * head_dim
     rows = inner if of_key is not None else inner + 2 * kv_rows
     if weights.up_weight is not None and (weights.bias1 is None) != (weights.up_bias is None):
-        checks.fail_value("weights.up_bias", "a tensor just where bias1 is one", weights.up_bias)
+        checks.fail_value(f"{of}.up_bias", "a tensor just where bias1 is one", weights.up_bias)
     half = gated and weights.up_weight is None
     if half and hidden % 2:
-        checks.fail_value("weights.weight1", "an even number of rows, half of them the gate's", weights.weight1)
+        checks.fail_value(f"{of}.weight1", "an even number of rows, half of them the gate's", weights.weight1)
     inside = hidden // 2 if half else hidden
     vector = (width,)
     shapes = (
@@ -156,13 +158,13 @@ def check_weights(src: Tensor, weights: LayerWeights, nhead: Any, gated: bool, a
     for name, value, shape in zip(weights._fields, weights, shapes, strict=True):
         if value is None:
             continue
-        checks.floating_tensor(f"weights.{name}", value)
+        checks.floating_tensor(f"{of}.{name}", value)
         if len(value.shape) != len(shape) or any(a != b for a, b in zip(value.shape, shape, strict=True)):
-            checks.fail_value(f"weights.{name}", f"shape {list(shape)}", value)
+            checks.fail_value(f"{of}.{name}", f"shape {list(shape)}", value)
         if value.device != src.device:
-            checks.fail_value(f"weights.{name}", f"device {src.device}, that of src", value)
+            checks.fail_value(f"{of}.{name}", f"device {src.device}, that of src", value)
         if not autocast:  # a norm's may be float32 beside 16 bit
-            checks.same_kind(f"weights.{name}", value, "src", src, or_float32="norm" in name)
+            checks.same_kind(f"{of}.{name}", value, "src", src, or_float32="norm" in name)
     return head_dim, kv_nhead
 
 

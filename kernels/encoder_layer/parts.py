@@ -4,7 +4,7 @@ linear layers and activations that are modules."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,85 +12,92 @@ from torch import Tensor
 
 from ..add_norm import add_norm
 from ..attention import attention, attention_varlen
-from ..common.backend import would_use_triton
+from ..common import backend
 from ..ffn import ffn
 from ..ffn.eager import activate
 from ..rotary import rotary
 from .arguments import Options, Tensors
 from .neighbours import find, stacked, without_derivatives
+from .products import of_qkv
 
 Modules = Mapping[str, Callable[[Tensor], Tensor]]
 """What takes the place of a product, by the name of its weight without ``_weight``."""
 NONE: Modules = {}
 
 
-def encoder_layer(t: Tensors, o: Options, max_seqlen: int, modules: Modules = NONE) -> Tensor:
-    """Each function checks its arguments and takes its own path; differentiable."""
+class Part(NamedTuple):
+    """What a part gives before it is added to its input."""
+
+    x: Tensor
+    bias: Tensor | None = None
+    """That of the product `x`, where the next norm's kernel adds it: its backward pass sums the bias's gradient."""
+    p: float = 0.0
+    """Probability with which an element is dropped after that."""
+
+
+def encoder_layer(
+    t: Tensors, o: Options, max_seqlen: int, modules: Modules = NONE,
+    across: tuple[Tensors, Options, Modules] | None = None,
+) -> Tensor:  # fmt: skip
+    """Each function checks its arguments and takes its own path; differentiable.
+
+    `across` makes it a decoder layer: the attention to a memory, which is the source of its tensors. Of its weights
+    those of an attention count, and of the norm that goes with it as the first.
+    """
     x = t.src
     if not o.norm_first:
-        x = norm1(attention_part(x, x, t, o, max_seqlen, modules), x, t, o, o.projection_p)
-        return norm2(feed_forward(x, t, o, modules), x, t, o, o.output_p)
-    normed = x if o.no_norm1 else norm1(x, None, t, o)
+        x = _norm1(attention_part(x, x, t, o, max_seqlen, modules), x, t, o)
+        if across is not None:
+            x = _norm1(attention_part(x, across[0].src, *across[:2], 0, across[2]), x, *across[:2])
+        return _norm2(feed_forward(x, t, o, modules), x, t, o)  # type: ignore[no-any-return]
+    normed = x if o.no_norm1 else _norm1(Part(x), None, t, o)
     attended = attention_part(normed, normed, t, o, max_seqlen, modules)
-    normed, x = norm2(attended, x, t, o, o.projection_p, return_sum=True)
-    return feed_forward(normed, t, o, modules, o.output_p, x)
+    if across is not None:
+        normed, x = _norm1(attended, x, *across[:2], True)
+        attended = attention_part(normed, across[0].src, *across[:2], 0, across[2])
+    normed, x = _norm2(attended, x, t, o, True)
+    return feed_forward(normed, t, o, modules, x).x
 
 
-def decoder_layer(
-    t: Tensors, o: Options, of_memory: Tensors, memory_options: Options, modules: Modules, memory_modules: Modules
-) -> Tensor:
-    """A layer that attends to a memory too, between its attention to itself and its feed-forward; `of_memory` has the
-    memory as its source, and of its weights those of an attention and of the norm that goes with it as the first."""
-    x, memory = t.src, of_memory.src
-    if not o.norm_first:
-        x = norm1(attention_part(x, x, t, o, 0, modules), x, t, o, o.projection_p)
-        attended = attention_part(x, memory, of_memory, memory_options, 0, memory_modules)
-        x = norm1(attended, x, of_memory, memory_options, memory_options.projection_p)
-        return norm2(feed_forward(x, t, o, modules), x, t, o, o.output_p)
-    normed = norm1(x, None, t, o)
-    attended = attention_part(normed, normed, t, o, 0, modules)
-    normed, x = norm1(attended, x, of_memory, memory_options, o.projection_p, return_sum=True)
-    attended = attention_part(normed, memory, of_memory, memory_options, 0, memory_modules)
-    normed, x = norm2(attended, x, t, o, memory_options.projection_p, return_sum=True)
-    return feed_forward(normed, t, o, modules, o.output_p, x)
+def _norm1(part: Part, residual: Tensor | None, t: Tensors, o: Options, return_sum: bool = False) -> Any:
+    return _norm(part, residual, t.norm1_weight, t.norm1_bias, o, o.eps1, return_sum)
 
 
-def norm1(x: Tensor, residual: Tensor | None, t: Tensors, o: Options, p: float = 0.0, return_sum: bool = False) -> Any:
-    """The first norm, of ``residual + dropout(x)``."""
-    return _norm(x, residual, t.norm1_weight, t.norm1_bias, o, o.eps1, p, return_sum)
+def _norm2(part: Part, residual: Tensor | None, t: Tensors, o: Options, return_sum: bool = False) -> Any:
+    return _norm(part, residual, t.norm2_weight, t.norm2_bias, o, o.eps2, return_sum)
 
 
-def norm2(x: Tensor, residual: Tensor | None, t: Tensors, o: Options, p: float = 0.0, return_sum: bool = False) -> Any:
-    """The second."""
-    return _norm(x, residual, t.norm2_weight, t.norm2_bias, o, o.eps2, p, return_sum)
-
-
-def _norm(x: Any, residual: Any, weight: Any, bias: Any, o: Options, eps: float, p: float, return_sum: bool) -> Any:
-    norm = "rms" if o.rms else "layer"
-    return add_norm(x, residual, weight, bias, norm=norm, eps=eps, dropout_p=p, return_sum=return_sum)
+def _norm(
+    part: Part, residual: Tensor | None, weight: Any, bias: Any, o: Options, eps: float, return_sum: bool = False
+) -> Any:
+    return add_norm(
+        part.x, residual, weight, bias, norm="rms" if o.rms else "layer", eps=eps, dropout_p=part.p, x_bias=part.bias,
+        return_sum=return_sum,
+    )  # fmt: skip
 
 
 def attention_part(
     x: Tensor, source: Tensor, t: Tensors, o: Options, max_seqlen: int, modules: Modules = NONE
-) -> Tensor:  # fmt: skip
+) -> Part:  # fmt: skip
     """Attention of the tokens `x` to those of `source`, which may be `x`, projected."""
-    weights = [t.in_proj_weight, t.k_proj_weight, t.v_proj_weight]
-    biases = [t.in_proj_bias, t.k_proj_bias, t.v_proj_bias]
-    names = ["in_proj", "k_proj", "v_proj"]
-    if t.k_proj_weight is None:
-        names = names[:1]
-    elif source is x and not modules and without_derivatives():
+    weights, biases = of_qkv(t)
+    inputs, names = (x, source, source), ("in_proj", "k_proj", "v_proj")
+    if len(weights) == 3 and not modules and without_derivatives():
         (joined, weight), (joined_biases, bias) = find(weights), find(biases)
         if joined and joined_biases:
-            weights, biases, names = [weight], [bias], names[:1]  # type: ignore[list-item]
-    inputs = (x, source, source)
+            weights, biases = (weight,), (bias,)
+    if len(weights) == 1 and source is not x:
+        rows = (o.nhead * o.head_dim, 2 * o.kv_nhead * o.head_dim)
+        weights = weights[0].split_with_sizes(rows)
+        biases = (None, None) if biases[0] is None else biases[0].split_with_sizes(rows)
     found = [_linear(y, n, w, b, modules) for y, n, w, b in zip(inputs, names, weights, biases, strict=False)]
-    heads = [each.unflatten(-1, (-1, o.head_dim)) for each in found]
-    if len(heads) == 1:
-        heads = list(heads[0].split((o.nhead, o.kv_nhead, o.kv_nhead), -2))
+    *heads, last = [each.unflatten(-1, (-1, o.head_dim)) for each in found]
+    heads += last.split_with_sizes((o.nhead, o.kv_nhead, o.kv_nhead)[len(heads) :], -2)
     query, key, value = heads
     out = attend(query, key, value, t, o, max_seqlen)
-    return _linear(out, "out_proj", t.out_proj_weight, t.out_proj_bias, modules)
+    later = _norm_adds(out, "out_proj", modules)
+    out = _linear(out, "out_proj", t.out_proj_weight, None if later else t.out_proj_bias, modules)
+    return Part(out, t.out_proj_bias if later else None, o.projection_p)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, t: Tensors, o: Options, max_seqlen: int) -> Tensor:
@@ -119,28 +126,39 @@ def attend(query: Tensor, key: Tensor, value: Tensor, t: Tensors, o: Options, ma
 
 
 def feed_forward(
-    x: Tensor, t: Tensors, o: Options, modules: Modules = NONE, p: float = 0.0, residual: Tensor | None = None
-) -> Tensor:
-    """The block's output, dropped out with probability `p` and added to a residual, if there is one."""
+    x: Tensor, t: Tensors, o: Options, modules: Modules = NONE, residual: Tensor | None = None
+) -> Part:  # fmt: skip
+    """The block's output; beside a residual, dropped out and added to it."""
     activation: Any = o.activation
+    later = residual is None and _norm_adds(x, "weight2", modules)
+    bias2, p = None if later else t.bias2, 0.0 if residual is None else o.output_p
     whole = isinstance(activation, str) and not modules.keys() & {"weight1", "up", "weight2"}
-    if whole and (t.up_weight is None or would_use_triton(x)):
-        stack: Any = stacked if without_derivatives() else _concatenated
+    if whole and (t.up_weight is None or backend.would_use_triton(x)):
+        stack: Any = stacked if t.up_weight is None or without_derivatives() else _concatenated
         weight, bias = stack((t.weight1, t.up_weight)), stack((t.bias1, t.up_bias))
-        return ffn(
-            x, weight, bias, t.weight2, t.bias2, activation=activation, gated=o.gated, dropout_p=o.hidden_p,
+        out = ffn(
+            x, weight, bias, t.weight2, bias2, activation=activation, gated=o.gated, dropout_p=o.hidden_p,
             out_dropout_p=p, residual=residual, recompute="activation" if o.recompute else False,
         )  # type: ignore[arg-type]  # fmt: skip
-    hidden = _linear(x, "weight1", t.weight1, t.bias1, modules)
-    rest: Tensor | None = None
-    if t.up_weight is not None:
-        rest = _linear(x, "up", t.up_weight, t.up_bias, modules)
-    elif o.gated:
-        hidden, rest = hidden.chunk(2, -1)
-    hidden = activate(hidden, None, 0.0, activation, False) if isinstance(activation, str) else activation(hidden)
-    hidden = F.dropout(hidden if rest is None else hidden * rest, o.hidden_p)
-    out = F.dropout(_linear(hidden, "weight2", t.weight2, t.bias2, modules), p)
-    return out if residual is None else residual + out
+    else:
+        hidden = _linear(x, "weight1", t.weight1, t.bias1, modules)
+        rest: Tensor | None = None
+        if t.up_weight is not None:
+            rest = _linear(x, "up", t.up_weight, t.up_bias, modules)
+        elif o.gated:
+            hidden, rest = hidden.chunk(2, -1)
+        hidden = activate(hidden, None, 0.0, activation, False) if isinstance(activation, str) else activation(hidden)
+        hidden = F.dropout(hidden if rest is None else hidden * rest, o.hidden_p)
+        out = F.dropout(_linear(hidden, "weight2", t.weight2, bias2, modules), p)
+        out = out if residual is None else residual + out
+    if residual is not None:
+        return Part(out)
+    return Part(out, t.bias2 if later else None, o.output_p)
+
+
+def _norm_adds(x: Tensor, name: str, modules: Modules) -> bool:
+    """True if the next norm shall add a product's bias; elsewhere the product adds it for nothing."""
+    return name not in modules and backend.would_use_triton(x)
 
 
 def _concatenated(tensors: tuple[Any, Any]) -> Any:

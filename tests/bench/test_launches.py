@@ -33,6 +33,28 @@ def test_a_layer_launches_seven_kernels_forward_and_twelve_backward():
     assert layers(0.1)["fusenc"].backward == ours.backward
 
 
+@compiles
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+def test_a_decoder_layer_launches_twelve_kernels_forward(norm_first):
+    """One product for the query, key and value of itself and one for the key and value of the memory; of the biases
+    that a norm adds no sums of their own."""
+    from fusenc.bench.launches import _counting
+
+    layer = fusenc.TransformerDecoderLayer(64, 4, 128, 0.0, "gelu", batch_first=True, norm_first=norm_first)
+    tgt, memory = (torch.randn(2, n, 64, requires_grad=True) for n in (16, 7))
+    upstream = torch.ones_like(tgt)
+    with _counting() as forward:
+        out = layer(tgt, memory)
+    with _counting() as backward:
+        torch.autograd.grad(out, [tgt, memory, *layer.parameters()], upstream)
+    assert forward() == {
+        "addmm": 3, "mm": 2 if norm_first else 3, "attention_forward_kernel": 2, "add_norm_forward_kernel": 3,
+        "linear_act_kernel": 2 if norm_first else 1,
+    }  # fmt: skip
+    assert forward().total() == 12 and backward().total() == (34 if norm_first else 35), backward()
+    assert backward()["sum"] == (4 if norm_first else 3)
+
+
 def launched(call, *shapes, frozen=()):
     from fusenc.bench.machine_code.compiling import record_launches
 

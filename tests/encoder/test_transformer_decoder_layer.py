@@ -226,13 +226,20 @@ def test_hooks_replaced_parts_and_overridden_blocks_are_respected():
     assert torch.equal(own.eval()(tgt, memory), own(tgt, 2 * memory))
 
 
-@pytest.mark.parametrize("name", ["self_attn", "multihead_attn"])
-def test_what_the_layer_cannot_fuse_runs_torchs_own_forward(name):
+@pytest.mark.parametrize(
+    ("name", "heads", "options", "reason"),
+    [
+        ("self_attn", 3, {"add_bias_kv": True}, "self_attn has options that are not fused"),
+        ("multihead_attn", 3, {"add_bias_kv": True}, "multihead_attn has options that are not fused"),
+        ("multihead_attn", 2, {}, "self_attn and multihead_attn disagree about num_heads"),
+    ],
+)
+def test_what_the_layer_cannot_fuse_runs_torchs_own_forward(name, heads, options, reason):
     layers = pair()
     for layer in layers:
         torch.manual_seed(1)
-        setattr(layer, name, nn.MultiheadAttention(12, 3, add_bias_kv=True, batch_first=True, dtype=torch.float64))
-    assert "options that are not fused" in layers[1].why_not_fused()
+        setattr(layer, name, nn.MultiheadAttention(12, heads, batch_first=True, dtype=torch.float64, **options))
+    assert layers[1].why_not_fused() == reason
     torch.testing.assert_close(*(layer(*inputs()) for layer in layers))
     wide = fusenc.TransformerDecoderLayer(512, 1, 8)
     assert "head size" in wide.why_not_fused()

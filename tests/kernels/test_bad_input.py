@@ -283,26 +283,32 @@ def test_encoder_layer(change, error, names):
         encoder_layer(**arguments)
 
 
+WHOLE = {"in_proj_weight": torch.zeros(144, 48), "k_proj_weight": None, "v_proj_weight": None}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "names"),
     [
         ({"memory": None}, TypeError, "memory"),
         ({"memory": torch.randn(2, 7, 48).half()}, TypeError, "memory"),
         ({"memory": torch.randn(3, 7, 48)}, ValueError, "memory"),
-        ({"across": {"k_proj_weight": None}}, ValueError, "across"),
-        ({"across": {"v_proj_weight": torch.randn(48, 32)}}, ValueError, r"weights\.v_proj_weight"),
+        ({"across": None}, TypeError, "across"),
+        ({"across": {"k_proj_weight": None}}, ValueError, r"across\.v_proj_weight"),
+        ({"across": {"k_proj_weight": None, "v_proj_weight": None}}, ValueError, r"across\.in_proj_weight"),
+        ({"across": {"v_proj_weight": torch.randn(48, 32)}}, ValueError, r"across\.v_proj_weight"),
+        ({"across": WHOLE, "across_modules": {"in_proj": torch.relu}}, ValueError, "across_modules"),
         ({"memory_mask": torch.zeros(5, 9)}, ValueError, "memory_mask"),
         ({"memory_scale": -1.0}, ValueError, "memory_scale"),
-        ({"no_norm1": True, "norm_first": True}, ValueError, "no_norm1"),
         ({"memory_dropout_p": 2.0}, ValueError, "memory_dropout_p"),
-        ({"rotary": (None, None)}, TypeError, "decoder_layer"),
     ],
 )
 def test_decoder_layer(change, error, names):
     w, vector = torch.randn(48, 48), torch.randn(48)
     weights = LayerWeights(w, None, w, None, vector, None, w, None, w, None, vector, None, w, None, w, None)
     arguments = {"src": torch.randn(2, 5, 48), "nhead": 3, "memory": torch.randn(2, 7, 48), **change}
-    across = weights._replace(**arguments.pop("across", {}))
+    across = arguments.pop("across", {})
+    if across is not None:
+        across = weights._replace(**across)
     with pytest.raises(error, match=f"^{names}: "):
         decoder_layer(weights=weights, across=across, **arguments)
 

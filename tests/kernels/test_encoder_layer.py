@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import assert_contract, assert_same, compare, output_and_gradients
-from fusenc.kernels import LayerWeights, encoder_layer, last_backend, rotary_tables, use_backend
+from fusenc.kernels import LayerWeights, decoder_layer, encoder_layer, last_backend, rotary_tables, use_backend
 from fusenc.kernels.common import plan
-from fusenc.kernels.encoder_layer import neighbours, op
+from fusenc.kernels.encoder_layer import neighbours, op, parts
+from fusenc.kernels.encoder_layer.decoder import _DECODER_LAYER
 from fusenc.kernels.encoder_layer.op import ENCODER_LAYER
 from tolerances import AUTOCAST, FORWARD_FACTOR, GRADIENT_FACTOR, SAME_ALGORITHM, size_of_a_sum
 
@@ -72,21 +73,31 @@ def lay_together(weights):
 def plain(
     src, w, *, attn_mask=None, is_causal=False, batch_first=True, norm_first=False, no_norm1=False, norm="layer",
     activation="gelu", gated=False, eps1=1e-5, eps2=1e-5, scale=None, window=None, softcap=None, relative_bias=None,
-    rotary=None, recompute=False,
+    rotary=None, recompute=False, memory=None, across=None, across_eps=1e-5,
 ):  # fmt: skip
     """The layer in plain PyTorch."""
     x = src if batch_first else src.transpose(0, 1)
     b, n, e = x.shape
     d = w.out_proj_weight.shape[1] // HEADS
     act = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[activation]
-    weights = [t for t in (w.in_proj_weight, w.k_proj_weight, w.v_proj_weight) if t is not None]
-    biases = [
-        x.new_zeros(len(of)) if t is None else t
-        for t, of in zip((w.in_proj_bias, w.k_proj_bias, w.v_proj_bias), weights, strict=False)
-    ]
+
+    def projections(w):
+        weights = [t for t in (w.in_proj_weight, w.k_proj_weight, w.v_proj_weight) if t is not None]
+        biases = [
+            x.new_zeros(len(of)) if t is None else t
+            for t, of in zip((w.in_proj_bias, w.k_proj_bias, w.v_proj_bias), weights, strict=False)
+        ]
+        return torch.cat(weights), torch.cat(biases)
+
+    def attend_to_memory(x):
+        (q, kv), (q_bias, kv_bias) = (t.tensor_split([HEADS * d]) for t in projections(across))
+        q, kv = F.linear(x, q, q_bias), F.linear(memory, kv, kv_bias)
+        q, k, v = (t.unflatten(-1, (-1, d)).transpose(1, 2) for t in (q, *kv.chunk(2, -1)))
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return F.linear(out.transpose(1, 2).reshape(b, n, -1), across.out_proj_weight, across.out_proj_bias)
 
     def attend(x):
-        rows = F.linear(x, torch.cat(weights), torch.cat(biases)).view(b, n, -1, d).transpose(1, 2)
+        rows = F.linear(x, *projections(w)).view(b, n, -1, d).transpose(1, 2)
         others = (rows.shape[1] - HEADS) // 2
         q, k, v = rows.split((HEADS, others, others), 1)
         if rotary is not None:
@@ -129,13 +140,15 @@ def plain(
         out = F.rms_norm(x, (e,), weight, eps)
         return out if bias is None else out + bias
 
-    of1, of2 = (w.norm1_weight, w.norm1_bias, eps1), (w.norm2_weight, w.norm2_bias, eps2)
-    if norm_first:
-        x = x + attend(x if no_norm1 else normed(x, *of1))
-        x = x + feed_forward(normed(x, *of2))
-    else:
-        x = normed(x + attend(x), *of1)
-        x = normed(x + feed_forward(x), *of2)
+    parts = [(attend, (w.norm1_weight, w.norm1_bias, eps1))]
+    if across is not None:
+        parts.append((attend_to_memory, (across.norm1_weight, across.norm1_bias, across_eps)))
+    parts.append((feed_forward, (w.norm2_weight, w.norm2_bias, eps2)))
+    for part, norm_of_it in parts:
+        if norm_first:
+            x = x + part(x if no_norm1 and part is attend else normed(x, *norm_of_it))
+        else:
+            x = normed(x + part(x), *norm_of_it)
     return x if batch_first else x.transpose(0, 1)
 
 
@@ -323,6 +336,85 @@ def test_packed_form(device, form):
     options = options | {"cu_seqlens": starts, "max_seqlen": 37}
     chain, one = chain_and_one(src, change(weights), **options)
     assert_same(one, chain, SAME_ALGORITHM)
+
+
+ACROSS = {
+    "one weight": (lambda w: w, lambda w: w, {"eps1": 0.1, "across_eps": 0.5, "eps2": 2.0}),
+    "fewer heads in one weight": (
+        lambda w: w, lambda w: w._replace(in_proj_weight=w.in_proj_weight[:80], in_proj_bias=w.in_proj_bias[:80]),
+        {"norm_first": True},
+    ),
+    "weights apart": (
+        lambda w: w, separate,
+        {"norm_first": True, "eps1": 0.1, "across_eps": 0.5, "eps2": 2.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", list(ACROSS))
+def test_decoder_layer(device, form):
+    change, change_across, options = ACROSS[form]
+    (src, weights), (memory, across) = (tensors((2, n, 48), device=device) for n in (9, 7))
+    across = change_across(across._replace(in_proj_weight=-across.in_proj_weight, norm1_bias=2 * across.norm1_bias))
+    not_read = ("weight1", "bias1", "weight2", "bias2", "norm2_weight", "norm2_bias")
+    given, join = split(change(weights))
+    given_across, join_across = split(across._replace(**dict.fromkeys(not_read)))
+
+    def parts(leaves):
+        return join(leaves[: len(given)]), join_across(leaves[len(given) :])
+
+    def ours(src, memory, *leaves):
+        weights, across = parts(leaves)
+        return decoder_layer(src, weights, HEADS, memory, across, **options)
+
+    def reference(src, memory, *leaves):
+        weights, across = parts(leaves)
+        return plain(src, weights, memory=memory, across=across, **options)
+
+    leaves = [src, memory, *given, *given_across]
+    assert_contract(ours, reference, leaves, torch.float32, summed=dict.fromkeys(range(2, len(leaves)), 18))
+
+
+def test_a_decoder_layer_checks_once_a_signature(device, backend):
+    """Not of new sizes of batches and lengths; what fits them no longer is found."""
+    if backend != "eager":
+        pytest.skip("the checks are the same")
+    _, weights = tensors((1, 1, 48), device=device)
+
+    def call(batch, length, of_memory, memory_batch=None, keys=None, **options):
+        src, memory = (torch.randn(b, n, 48, device=device) for b, n in (
+            (batch, length), (batch if memory_batch is None else memory_batch, of_memory)
+        ))  # fmt: skip
+        mask = torch.ones(batch, 1, 1, of_memory if keys is None else keys, dtype=torch.bool, device=device)
+        return decoder_layer(src, weights, HEADS, memory, weights, memory_mask=mask, **options)
+
+    call(3, 9, 7)
+    misses = _DECODER_LAYER.plans.misses
+    for sizes in ((3, 9, 7), (5, 3, 11), (4, 2, 9)):
+        assert call(*sizes).shape == (*sizes[:2], 48)
+    assert _DECODER_LAYER.plans.misses == misses
+    call(3, 9, 7, modules={"out_proj": lambda x: x})
+    for bad, named in (({"memory_batch": 2}, "memory"), ({"keys": 6}, "memory_mask"),
+                       ({"modules": {"k_proj": None}}, "modules")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{named}: "):
+            call(3, 9, 7, **bad)
+
+
+def test_key_and_value_of_a_memory_that_lie_together(device, backend, monkeypatch):
+    """In inference they take one product, as those of one weight do."""
+    if backend != "eager":
+        pytest.skip("the products are PyTorch's")
+    (src, weights), (memory, across) = (tensors((2, n, 48), device=device) for n in (9, 7))
+    apart, products, product = separate(across), [], parts._linear
+    monkeypatch.setattr(parts, "_linear", lambda *arguments: products.append(1) or product(*arguments))
+    results, counts = [], []
+    with torch.no_grad():
+        for prepare in (lambda w: w, lay_together):
+            products.clear()
+            results.append(decoder_layer(src, weights, HEADS, memory, prepare(apart)))
+            counts.append(len(products))
+    torch.testing.assert_close(*results, rtol=SAME_ALGORITHM, atol=SAME_ALGORITHM)
+    assert counts == [6, 5]
 
 
 def test_modules_in_the_place_of_products(device):
