@@ -63,13 +63,15 @@ def encoder_layer(
         cu_seqlens: first token of each sequence of a packed batch, as in `attention_varlen`.
         max_seqlen: tokens of its longest sequence.
         batch_first: the order of the first two dimensions of `src`.
-        norm_first: norms before attention and feed-forward (pre-norm) instead of after each sum.
+        norm_first: norms before attention and feed-forward (pre-norm) instead of after each sum. With `weights` of post
+            norms these normalise what a part gives before it is added too, as in Gemma 2:
+            ``x + post_norm1(dropout(attention(norm1(x))))``; around them the parts run one by one.
         no_norm1: of a pre-norm layer, attention takes `src` as it is (the first layer of ModernBERT).
         norm: ``"layer"`` or ``"rms"``, as in `add_norm`.
         activation: as in `ffn`, or a function of a tensor, around which the parts run one by one.
         gated: as in `ffn`: the hidden layer is ``activation(gate) * up``.
-        eps1: of the first norm.
-        eps2: of the second norm.
+        eps1: of attention's norm or norms.
+        eps2: of the feed-forward's.
         scale: as in `attention`, above 0.
         window: as in `attention`.
         softcap: as in `attention`.

@@ -45,6 +45,13 @@ class LayerWeights(NamedTuple):
     up_weight: Tensor | None = None
     """``[d_hidden, E]``: what the gate multiplies."""
     up_bias: Tensor | None = None
+    post_norm1_weight: Tensor | None = None
+    """Of a pre-norm layer that also normalises what attention gives before it is added (sandwich norm, Gemma 2); there
+    is such a norm after both parts or after none. None: there is none."""
+    post_norm1_bias: Tensor | None = None
+    post_norm2_weight: Tensor | None = None
+    """The same of the feed-forward."""
+    post_norm2_bias: Tensor | None = None
 
 
 class Tensors(NamedTuple):
@@ -69,6 +76,10 @@ class Tensors(NamedTuple):
     v_proj_bias: Tensor | None
     up_weight: Tensor | None
     up_bias: Tensor | None
+    post_norm1_weight: Tensor | None
+    post_norm1_bias: Tensor | None
+    post_norm2_weight: Tensor | None
+    post_norm2_bias: Tensor | None
     attn_mask: Tensor | None
     """Four dimensions, each 1 or that of ``[B, H, L, L]``."""
     relative_bias: Tensor | None

@@ -150,8 +150,8 @@ def layer_backward(
         dsrc, dsrc_half = (None if d is None else d.view(shape) for d in (dsrc, dsrc_half))
         return (
             dsrc, din_weight, din_bias, dout_weight, dout_bias, dnorm1_weight, dnorm1_bias, dgate, dgate_bias,
-            dweight2, dbias2, dnorm2_weight, dnorm2_bias, dk_weight, dk_bias, dv_weight, dv_bias, dup, dup_bias, dmask,
-            drelative, dsrc_half,
+            dweight2, dbias2, dnorm2_weight, dnorm2_bias, dk_weight, dk_bias, dv_weight, dv_bias, dup, dup_bias,
+            *[None] * 4, dmask, drelative, dsrc_half,
         )  # fmt: skip
 
     return run

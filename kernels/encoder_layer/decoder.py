@@ -20,7 +20,8 @@ _WEIGHTS = len(LayerWeights._fields)
 _NO_OTHERS = (None,) * 5
 """Relative bias, a copy of the source, rotary tables and starts, which a decoder layer does not take."""
 _OF_FEED_FORWARD = (
-    "weight1", "bias1", "weight2", "bias2", "up_weight", "up_bias", "norm2_weight", "norm2_bias",
+    "weight1", "bias1", "weight2", "bias2", "up_weight", "up_bias", "norm2_weight", "norm2_bias", "post_norm2_weight",
+    "post_norm2_bias",
 )  # fmt: skip
 
 
@@ -123,6 +124,9 @@ def _check(tensors: Any, options: Any, sizes: Any, autocast: bool) -> tuple[Prep
     batch = 0 if o.batch_first else 1
     if memory.dim() != 3 or memory.shape[batch] != src.shape[batch] or memory.shape[2] != src.shape[2]:
         checks.fail_value("memory", f"the batch and the width of src, {tuple(src.shape)}", memory)
+    if (across.post_norm1_weight is None) != (weights.post_norm1_weight is None):
+        expected = "a tensor just where weights.post_norm1_weight is one"
+        checks.fail_value("across.post_norm1_weight", expected, across.post_norm1_weight)
     others = {name: getattr(weights, name) for name in _OF_FEED_FORWARD}
     head_dim, kv_nhead = op.check_weights(src, across._replace(**others), o.nhead, o.gated, autocast, "across")
     op.require_modules(modules, weights)

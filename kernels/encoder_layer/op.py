@@ -86,6 +86,8 @@ def _check(tensors: Any, options: Any, sizes: tuple[int, ...], autocast: bool) -
         checks.fail_value("src", expected, src)
     weights = LayerWeights(*tensors[1:_MASK])
     head_dim, kv_nhead = check_weights(src, weights, nhead, gated, autocast)
+    if weights.post_norm1_weight is not None and not norm_first:
+        checks.fail_value("weights.post_norm1_weight", "None without norm_first", weights.post_norm1_weight)
     if packed:
         check_starts("cu_seqlens", cu_seqlens, "max_seqlen", sizes[0], src)
         batch, length = cu_seqlens.shape[0] - 1, sizes[0]
@@ -131,7 +133,11 @@ def check_weights(
         checks.fail_value(f"{of}.v_proj_weight", "a tensor just where k_proj_weight is one", weights.v_proj_weight)
     if weights.up_weight is not None and not gated:
         checks.fail_value(f"{of}.up_weight", "None without gated", weights.up_weight)
-    for name, needed in (("up_bias", "up_weight"), ("k_proj_bias", "k_proj_weight"), ("v_proj_bias", "v_proj_weight")):
+    for name, needed in (
+        ("up_bias", "up_weight"), ("k_proj_bias", "k_proj_weight"), ("v_proj_bias", "v_proj_weight"),
+        ("post_norm1_weight", "post_norm2_weight"), ("post_norm2_weight", "post_norm1_weight"),
+        ("post_norm1_bias", "post_norm1_weight"), ("post_norm2_bias", "post_norm2_weight"),
+    ):  # fmt: skip
         if getattr(weights, name) is not None and getattr(weights, needed) is None:
             checks.fail_value(f"{of}.{name}", f"None without {needed}", getattr(weights, name))
     if of_key is None:
@@ -154,6 +160,7 @@ def check_weights(
     shapes = (
         (rows, width), (rows,), (width, inner), vector, vector, vector, (hidden, width), (hidden,), (width, inside),
         vector, vector, vector, (kv_rows, width), (kv_rows,), (kv_rows, width), (kv_rows,), (inside, width), (inside,),
+        vector, vector, vector, vector,
     )  # fmt: skip
     for name, value, shape in zip(weights._fields, weights, shapes, strict=True):
         if value is None:
@@ -171,6 +178,7 @@ def check_weights(
 def _instead(t: Tensors, o: Options, autocast: bool) -> Callable[..., tuple[Tensor, None]] | None:
     """The layer part by part, where it is no call of kernels."""
     whole = isinstance(o.activation, str) and t.src.numel() > 0 and not torch.compiler.is_compiling()
+    whole = whole and t.post_norm1_weight is None
     if autocast:
         float32 = all(w is None or w.dtype is torch.float32 for w in (t.src, *t[1:_MASK]))
         whole = whole and float32 and o.half in checks.HALF

@@ -56,6 +56,8 @@ def encoder_layer(
         normed, x = _norm1(attended, x, *across[:2], True)
         attended = attention_part(normed, across[0].src, *across[:2], 0, across[2])
     normed, x = _norm2(attended, x, t, o, True)
+    if t.post_norm2_weight is not None:
+        return x + feed_forward(normed, t, o, modules).x
     return feed_forward(normed, t, o, modules, x).x
 
 
@@ -97,7 +99,8 @@ def attention_part(
     out = attend(query, key, value, t, o, max_seqlen)
     later = _norm_adds(out, "out_proj", modules)
     out = _linear(out, "out_proj", t.out_proj_weight, None if later else t.out_proj_bias, modules)
-    return Part(out, t.out_proj_bias if later else None, o.projection_p)
+    part = Part(out, t.out_proj_bias if later else None, o.projection_p)
+    return _normed(part, t.post_norm1_weight, t.post_norm1_bias, o, o.eps1)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, t: Tensors, o: Options, max_seqlen: int) -> Tensor:
@@ -153,7 +156,12 @@ def feed_forward(
         out = out if residual is None else residual + out
     if residual is not None:
         return Part(out)
-    return Part(out, t.bias2 if later else None, o.output_p)
+    return _normed(Part(out, t.bias2 if later else None, o.output_p), t.post_norm2_weight, t.post_norm2_bias, o, o.eps2)
+
+
+def _normed(part: Part, weight: Tensor | None, bias: Tensor | None, o: Options, eps: float) -> Part:
+    """A part after the norm of its own, if it has one."""
+    return part if weight is None else Part(_norm(part, None, weight, bias, o, eps))
 
 
 def _norm_adds(x: Tensor, name: str, modules: Modules) -> bool:

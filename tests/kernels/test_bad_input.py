@@ -234,6 +234,9 @@ def test_ffn(arguments, options, error, named):
         ffn(*arguments, **options)
 
 
+POST_NORMS = {"post_norm1_weight": torch.ones(48), "post_norm2_weight": torch.ones(48)}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "names"),
     [
@@ -267,6 +270,17 @@ def test_ffn(arguments, options, error, named):
         ({"of_weights": {"v_proj_bias": torch.zeros(48)}}, ValueError, r"weights\.v_proj_bias"),
         ({"of_weights": {"up_weight": torch.zeros(70, 48)}}, ValueError, r"weights\.up_weight"),
         ({"of_weights": {"k_proj_weight": torch.zeros(48, 48)}}, ValueError, r"weights\.v_proj_weight"),
+        ({"of_weights": POST_NORMS}, ValueError, r"weights\.post_norm1_weight"),
+        (
+            {"of_weights": {"post_norm1_weight": torch.ones(48)}, "norm_first": True},
+            ValueError,
+            r"weights\.post_norm1_weight",
+        ),
+        (
+            {"of_weights": POST_NORMS | {"post_norm2_weight": torch.ones(7)}, "norm_first": True},
+            ValueError,
+            r"weights\.post_norm2_weight",
+        ),
     ],
 )
 def test_encoder_layer(change, error, names):
@@ -296,6 +310,7 @@ WHOLE = {"in_proj_weight": torch.zeros(144, 48), "k_proj_weight": None, "v_proj_
         ({"across": {"k_proj_weight": None}}, ValueError, r"across\.v_proj_weight"),
         ({"across": {"k_proj_weight": None, "v_proj_weight": None}}, ValueError, r"across\.in_proj_weight"),
         ({"across": {"v_proj_weight": torch.randn(48, 32)}}, ValueError, r"across\.v_proj_weight"),
+        ({"of_weights": POST_NORMS, "norm_first": True}, ValueError, r"across\.post_norm1_weight"),
         ({"across": WHOLE, "across_modules": {"in_proj": torch.relu}}, ValueError, "across_modules"),
         ({"memory_mask": torch.zeros(5, 9)}, ValueError, "memory_mask"),
         ({"memory_scale": -1.0}, ValueError, "memory_scale"),
@@ -309,6 +324,7 @@ def test_decoder_layer(change, error, names):
     across = arguments.pop("across", {})
     if across is not None:
         across = weights._replace(**across)
+    weights = weights._replace(**arguments.pop("of_weights", {}))
     with pytest.raises(error, match=f"^{names}: "):
         decoder_layer(weights=weights, across=across, **arguments)
 

@@ -140,15 +140,21 @@ def plain(
         out = F.rms_norm(x, (e,), weight, eps)
         return out if bias is None else out + bias
 
-    parts = [(attend, (w.norm1_weight, w.norm1_bias, eps1))]
+    parts = [(attend, (w.norm1_weight, w.norm1_bias, eps1), (w.post_norm1_weight, w.post_norm1_bias, eps1))]
     if across is not None:
-        parts.append((attend_to_memory, (across.norm1_weight, across.norm1_bias, across_eps)))
-    parts.append((feed_forward, (w.norm2_weight, w.norm2_bias, eps2)))
-    for part, norm_of_it in parts:
+        parts.append((
+            attend_to_memory, (across.norm1_weight, across.norm1_bias, across_eps),
+            (across.post_norm1_weight, across.post_norm1_bias, across_eps),
+        ))  # fmt: skip
+    parts.append((
+        feed_forward, (w.norm2_weight, w.norm2_bias, eps2), (w.post_norm2_weight, w.post_norm2_bias, eps2)
+    ))  # fmt: skip
+    for part, before, after in parts:
         if norm_first:
-            x = x + part(x if no_norm1 and part is attend else normed(x, *norm_of_it))
+            out = part(x if no_norm1 and part is attend else normed(x, *before))
+            x = x + (out if after[0] is None else normed(out, *after))
         else:
-            x = normed(x + part(x), *norm_of_it)
+            x = normed(x + part(x), *before)
     return x if batch_first else x.transpose(0, 1)
 
 
@@ -338,14 +344,41 @@ def test_packed_form(device, form):
     assert_same(one, chain, SAME_ALGORITHM)
 
 
+def with_norms_after(weights):
+    """The same with norms after the parts too."""
+    generator = torch.Generator().manual_seed(3)
+    names = [f"post_{name}" for name in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias")]
+    drawn = [torch.randn(weights.bias2.shape, generator=generator).to(weights.bias2) for _ in names]
+    return weights._replace(**dict(zip(names, drawn, strict=True)))
+
+
+@pytest.mark.parametrize(("norm", "starts"), [("layer", None), ("rms", (0, 4, 4, 9))], ids=["dense", "packed, rms"])
+def test_norms_before_and_after_the_parts(device, norm, starts):
+    """Values and all gradients; the eps of either norm of a part is the same."""
+    options = {"norm_first": True, "norm": norm, "eps1": 0.1, "eps2": 2.0}
+    src, weights = tensors((2, 9, 48) if starts is None else (9, 48), device=device)
+    given, join = split(with_norms_after(weights))
+    packed = {} if starts is None else {"cu_seqlens": torch.tensor(starts, device=device), "max_seqlen": 5}
+
+    def reference(src, *given):
+        if starts is None:
+            return plain(src, join(given), **options)
+        return torch.cat([plain(x[None], join(given), **options)[0] for x in src.split((4, 5))])
+
+    assert_contract(
+        lambda src, *given: encoder_layer(src, join(given), HEADS, **packed, **options), reference, [src, *given],
+        torch.float32, summed={1 + i: 18 for i in range(len(given))},
+    )  # fmt: skip
+
+
 ACROSS = {
     "one weight": (lambda w: w, lambda w: w, {"eps1": 0.1, "across_eps": 0.5, "eps2": 2.0}),
     "fewer heads in one weight": (
         lambda w: w, lambda w: w._replace(in_proj_weight=w.in_proj_weight[:80], in_proj_bias=w.in_proj_bias[:80]),
         {"norm_first": True},
     ),
-    "weights apart": (
-        lambda w: w, separate,
+    "weights apart, norms after the parts": (
+        with_norms_after, lambda w: with_norms_after(separate(w)),
         {"norm_first": True, "eps1": 0.1, "across_eps": 0.5, "eps2": 2.0},
     ),
 }  # fmt: skip
@@ -356,7 +389,8 @@ def test_decoder_layer(device, form):
     change, change_across, options = ACROSS[form]
     (src, weights), (memory, across) = (tensors((2, n, 48), device=device) for n in (9, 7))
     across = change_across(across._replace(in_proj_weight=-across.in_proj_weight, norm1_bias=2 * across.norm1_bias))
-    not_read = ("weight1", "bias1", "weight2", "bias2", "norm2_weight", "norm2_bias")
+    not_read = ("weight1", "bias1", "weight2", "bias2", "norm2_weight", "norm2_bias", "post_norm2_weight",
+                "post_norm2_bias")  # fmt: skip
     given, join = split(change(weights))
     given_across, join_across = split(across._replace(**dict.fromkeys(not_read)))
 
