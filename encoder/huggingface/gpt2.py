@@ -61,7 +61,10 @@ class _FusedModel(PaddingFree):
 
     def _plan(self, inputs: Tensor, given: dict[str, Any], flattened: dict[str, Any]) -> tuple[Any, Call] | None:
         bidirectional = not getattr(self.config, "is_causal", True)
-        return None if bidirectional or self._uses_cache(given) else super()._plan(inputs, given, flattened)
+        plan = None if bidirectional or self._uses_cache(given) else super()._plan(inputs, given, flattened)
+        if plan is not None and plan[1].packing is None:  # without a mask GPT-2 looks for padding among the ids
+            return given.get("attention_mask"), plan[1]
+        return plan
 
     def _uses_cache(self, given: dict[str, Any]) -> bool:
         asked: Any = given.get("use_cache")
