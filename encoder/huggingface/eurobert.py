@@ -1,23 +1,30 @@
-"""EuroBERT: rotary positions, RMSNorm, gated feed-forward, fewer heads of key and value."""
+"""EuroBERT (pre-norm, RMSNorm, fewer heads of key and value) and Nomic BERT (post-norm): rotary positions, gated
+feed-forward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
+import functools
+from collections.abc import Iterable
+from typing import Any
 
-from .layers import FusedLayer, activation, at
+from torch import Tensor
+
+from ..packing import PaddedPacking
+from .calls import Call
+from .layout import Layout
 from .rotary import ROTARY, RotaryAdapter, RotaryModel
-from .stock import Stock
+from .stock import Family, Replaced
 
-FAMILIES = {"eurobert": ""}
-
-ATTENTION = "apply_rotary_pos_emb attention_dropout head_dim k_proj o_proj q_proj scaling v_proj"
-MLP = "x: act_fn down_proj gate_proj up_proj"
+_ATTENTION = (
+    "hidden_states position_embeddings attention_mask **kwargs: "
+    "apply_rotary_pos_emb attention_dropout head_dim k_proj o_proj q_proj scaling v_proj"
+)
+_MLP = "x: act_fn down_proj gate_proj up_proj"
 _LAYER = {
     "EuroBertDecoderLayer": "hidden_states attention_mask position_ids position_embeddings **kwargs: "
                             "input_layernorm mlp post_attention_layernorm self_attn",
-    "EuroBertAttention": f"hidden_states position_embeddings attention_mask **kwargs: {ATTENTION}",
-    "EuroBertMLP": MLP,
+    "EuroBertAttention self_attn": _ATTENTION,
+    "EuroBertMLP mlp": _MLP,
     "EuroBertRMSNorm": "hidden_states: float32 mean pow rsqrt variance_epsilon weight",
     **ROTARY,
 }  # fmt: skip
@@ -25,39 +32,61 @@ _MODEL = {
     "EuroBertModel": "input_ids attention_mask position_ids **kwargs: create_bidirectional_mask embed_tokens norm "
                      "num_hidden_layers rotary_emb",
 }  # fmt: skip
-
-PROJECTIONS = {
-    "in_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
-    "out_proj": "self_attn.o_proj", "weight1": "mlp.gate_proj", "up": "mlp.up_proj", "weight2": "mlp.down_proj",
+_LAYER_OF_NOMIC = {
+    "NomicBertLayer": "hidden_states attention_mask position_embeddings **kwargs: mlp post_attention_dropout "
+                      "post_attention_layernorm post_mlp_dropout post_mlp_layernorm self_attn",
+    "NomicBertAttention self_attn": _ATTENTION,
+    "NomicBertMLP mlp": _MLP,
+    **ROTARY,
+}  # fmt: skip
+_MODEL_OF_NOMIC = {
+    "NomicBertModel": "input_ids attention_mask token_type_ids position_ids **kwargs: BaseModelOutputWithPooling "
+                      "create_bidirectional_mask embeddings num_hidden_layers pooler rotary_emb",
 }  # fmt: skip
 
-
-def options(layer: Any) -> dict[str, Any]:
-    """Those of attention and of the feed-forward."""
-    attention = at(layer, "self_attn")
-    return {
-        "gated": True, "scale": attention.scaling, "activation": activation(at(layer, "mlp").act_fn),
-        "attn_dropout_p": attention.attention_dropout if attention.training else 0.0,
-    }  # fmt: skip
+_layout = functools.partial(
+    Layout, "self_attn", "q_proj k_proj v_proj o_proj", attention_dropout="attention_dropout", weight1="mlp.gate_proj",
+    up="mlp.up_proj", activation="mlp.act_fn", weight2="mlp.down_proj",
+)  # fmt: skip
 
 
-class _Adapter(RotaryAdapter):
+class _EuroBert(RotaryAdapter):
     """Of EuroBERT's layers."""
 
-    weights: ClassVar = {**PROJECTIONS, "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
-    attention = "self_attn"
-
-    def options_of(self, layer: Any) -> dict[str, Any]:
-        return options(layer) | {
-            "norm_first": True, "norm": "rms", "eps1": at(layer, "input_layernorm").variance_epsilon,
-            "eps2": at(layer, "post_attention_layernorm").variance_epsilon,
-        }  # fmt: skip
+    layout = _layout(norm="rms", norm_first=True, norm1="input_layernorm", norm2="post_attention_layernorm")
+    norm = "EuroBertRMSNorm"
 
 
-def fused_classes(stock: Stock) -> Iterator[type]:
-    """The classes that take the place of EuroBERT's."""
-    parts = {"self_attn": stock["EuroBertAttention"], "mlp": stock["EuroBertMLP"]}
-    adapter = _Adapter(parts, stock["EuroBertRMSNorm"])
-    layer = stock.fused(FusedLayer, "EuroBertDecoderLayer", _LAYER, adapter=adapter)
-    yield layer
-    yield stock.fused(RotaryModel, "EuroBertModel", _MODEL, fused_layer=layer)
+class _NomicBert(RotaryAdapter):
+    """Of Nomic BERT's layers."""
+
+    layout = _layout(
+        norm1="post_attention_layernorm", norm2="post_mlp_layernorm", dropout1_p="post_attention_dropout.p",
+        dropout2_p="post_mlp_dropout.p",
+    )  # fmt: skip
+
+
+class _FusedNomicBert(RotaryModel):
+    """Nomic BERT; mixed into a subclass of it."""
+
+    def _call(self, packing: PaddedPacking | None, inputs: Tensor, given: dict[str, Any]) -> Call:
+        call = super()._call(packing, inputs, given)
+        if self._modules.get("pooler") is not None:  # it pools before the model's end
+            call.last = list(self.layers_of(self))[-1]
+        return call
+
+    @classmethod
+    def layers_of(cls, encoder: Any) -> Iterable[Any]:
+        return encoder._modules["layers"][: encoder.config.num_hidden_layers]
+
+
+FAMILIES = {
+    "eurobert": Family("", (
+        Replaced("EuroBertDecoderLayer", _EuroBert, _LAYER),
+        Replaced("EuroBertModel", RotaryModel, _MODEL, "EuroBertDecoderLayer"),
+    )),
+    "nomic_bert": Family("", (
+        Replaced("NomicBertLayer", _NomicBert, _LAYER_OF_NOMIC),
+        Replaced("NomicBertModel", _FusedNomicBert, _MODEL_OF_NOMIC, "NomicBertLayer"),
+    )),
+}  # fmt: skip

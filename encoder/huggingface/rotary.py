@@ -6,30 +6,26 @@ from typing import Any
 
 from torch import Tensor
 
-from ..packing import PaddedPacking
 from .calls import Call
 from .encoders import PaddingFree
 from .layers import Adapter
 
+ROTARY = {
+    "apply_rotary_pos_emb": "q k cos sin unsqueeze_dim: rotate_half",
+    "rotate_half": "x: cat",
+}
+"""What these families' own functions are like."""
 
-class RotaryCall(Call):
-    """What layers with the same tables share: the rows of these that the packed tokens take."""
 
-    def __init__(self, packing: PaddedPacking | None) -> None:
-        super().__init__(packing)
-        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
-
-    def tables(self, position_embeddings: tuple[Tensor, Tensor], kind: Any = None) -> tuple[Tensor, Tensor]:
-        """Cosine and sine tables of a kind of layers: of packed tokens a row each, ``[T, D / 2]``, else as given."""
-        packing = self.packing
-        if packing is None:
-            return position_embeddings
-        if kind not in self._tables:
-            batch = packing.shape[0]
-            halves = (t[..., : t.shape[-1] // 2].expand(batch, -1, -1) for t in position_embeddings)
-            cos, sin = (packing.pack(t).contiguous() for t in halves)
-            self._tables[kind] = cos, sin
-        return self._tables[kind]
+def packed_tables(tables: tuple[Tensor, Tensor], call: Call | None, kind: Any = None) -> tuple[Tensor, Tensor]:
+    """Cosine and sine tables of a kind of layers: of packed tokens a row each, ``[T, D / 2]``, else as given."""
+    if call is None or call.packing is None:
+        return tables
+    if ("tables", kind) not in call.shared:
+        halves = (t[..., : t.shape[-1] // 2].expand(call.packing.shape[0], -1, -1) for t in tables)
+        cos, sin = (call.packing.pack(t).contiguous() for t in halves)
+        call.shared["tables", kind] = cos, sin
+    return call.shared["tables", kind]
 
 
 class RotaryAdapter(Adapter):
@@ -47,8 +43,7 @@ class RotaryAdapter(Adapter):
     def options_of_call(self, layer: Any, x: Tensor, given: dict[str, Any], call: Call | None) -> dict[str, Any]:
         options = super().options_of_call(layer, x, given, call)
         if self.rotates(layer):
-            tables = given["position_embeddings"]
-            options["rotary"] = call.tables(tables) if isinstance(call, RotaryCall) else tables
+            options["rotary"] = packed_tables(given["position_embeddings"], call)
         return options
 
 
@@ -57,13 +52,3 @@ class RotaryModel(PaddingFree):
 
     layer_list = "layers"
     served = frozenset({"input_ids", "attention_mask", "inputs_embeds", "position_ids", "token_type_ids"})
-
-    def _call(self, packing: PaddedPacking | None, inputs: Tensor, given: dict[str, Any]) -> Call:
-        return RotaryCall(packing)
-
-
-ROTARY = {
-    "apply_rotary_pos_emb": "q k cos sin unsqueeze_dim: rotate_half",
-    "rotate_half": "x: cat",
-}
-"""What these families' own functions are like."""
