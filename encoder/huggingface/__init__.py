@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import bart, bert, clip, esm, eurobert, gpt2, modernbert, mpnet, t5, vit, wav2vec2
+from . import bart, bert, clip, esm, gpt2, modernbert, mpnet, rotary, t5, vit, wav2vec2
 from .heads import why_padding_matters
 from .interface import attention_forward
 from .layers import Adapter, FusedLayer, lay_together, let_go
@@ -48,7 +48,7 @@ def _load(name: str, family: Family) -> None:
         PLAIN.update(plain)
 
 
-for _module in (bart, bert, clip, esm, eurobert, gpt2, modernbert, mpnet, t5, vit, wav2vec2):
+for _module in (bart, bert, clip, esm, gpt2, modernbert, mpnet, rotary, t5, vit, wav2vec2):
     for _name, _family in _module.FAMILIES.items():
         _load(_name, _family)
 

@@ -62,22 +62,23 @@ class Layout:
         self.attention, self.paths = attention, paths
         gated, no_norm1 = gated or "up" in paths, "norm1" not in paths
         self._fixed = {"norm_first": norm_first, "no_norm1": no_norm1, "norm": norm, "gated": gated}
-        self._options = [(name, *_names(paths[name]), name in _RATES) for name in _OPTIONS if name in paths]
+        options = ((name, _names(paths[name])) for name in _OPTIONS if name in paths)
+        self._options = [(name, names[:-1], names[-1], name in _RATES) for name, names in options]
         weights = (name for name in (*_LINEARS, *_NORMS) if name in paths)
-        self._weights = [(name, *_names(paths[name]), name in _NORMS, *_fields(name)) for name in weights]
+        self._weights = [(name, _names(paths[name]), name in _NORMS, *_fields(name)) for name in weights]
 
     def options(self, layer: Any) -> dict[str, Any]:
         """The options of `kernels.encoder_layer` that follow from a layer."""
         found: dict[str, Any] = self._fixed.copy()
         for option, holders, name, is_rate in self._options:
-            state = layer.__dict__
-            for holder in holders:  # as `_state`, of which the calls would cost as much as the rest
-                state = state["_modules"][holder].__dict__
-            value = state["_modules"].get(name)
+            module = layer
+            for holder in holders:  # as `_submodule`, of which the calls would cost as much as the rest
+                module = module.__dict__["_modules"][holder]
+            value = module.__dict__["_modules"].get(name)
             if value is None:
-                value = state[name]
+                value = getattr(module, name)
             if is_rate:
-                value = (value.p if isinstance(value, nn.Module) else value) if state["training"] else 0.0
+                value = (value.p if isinstance(value, nn.Module) else value) if module.training else 0.0
             elif option == "activation" and type(value) in ACTIVATIONS and not has_hooks(value):
                 value = ACTIVATIONS[type(value)]  # else it is called itself, and its hooks
             found[option] = value
@@ -87,8 +88,8 @@ class Layout:
         """The parameters of a layer, and the modules that are called instead of multiplying by one."""
         found: list[Any] = [None] * len(kernels.LayerWeights._fields)
         modules = {}
-        for name, holders, last, is_norm, weight, bias in self._weights:
-            module = _state(layer, holders)["_modules"][last]
+        for name, names, is_norm, weight, bias in self._weights:
+            module = _submodule(layer, names)
             kind, own = type(module), module.__dict__["_parameters"]
             if "weight" not in own or not (kind is nn.Linear or is_norm or kind is Conv1D):
                 own = {"weight": module.weight, "bias": getattr(module, "bias", None)}  # which are no parameters
@@ -111,8 +112,10 @@ class Layout:
         """Why a linear layer, a norm or a dropout is not one that can be stood in for, or ""."""
         paths = {name: path.removesuffix(".p") for name, path in self.paths.items()}
         plain = [(paths[name], at(layer, paths[name]), norm) for name in _NORMS if name in paths]
-        rates = [paths[name] for name in _RATES if name in paths]
-        plain += [(path, at(layer, path), nn.Dropout) for path in rates if _is_module(layer, path)]
+        for path in (paths[name] for name in _RATES if name in paths):
+            *holders, last = _names(path)
+            modules = _submodule(layer, holders)._modules
+            plain += [(path, modules[last], nn.Dropout)] if last in modules else []
         return why_not_linear((paths[name], at(layer, paths[name])) for name in _LINEARS if name in paths) or (
             why_not_plain(plain)
         )
@@ -126,29 +129,19 @@ def _fields(name: str) -> tuple[int, int]:
 
 
 @functools.cache
-def _names(path: str) -> tuple[tuple[str, ...], str]:
-    """The modules on the way, and the last name."""
-    *holders, last = path.split(".")
-    return tuple(holders), last
+def _names(path: str) -> tuple[str, ...]:
+    return tuple(path.split("."))
 
 
-def _state(module: Any, holders: tuple[str, ...]) -> dict[str, Any]:
-    """The attributes of a submodule."""
-    state: dict[str, Any] = module.__dict__
-    for name in holders:
-        state = state["_modules"][name].__dict__
-    return state
+def _submodule(module: Any, names: Iterable[str]) -> Any:
+    for name in names:
+        module = module.__dict__["_modules"][name]
+    return module
 
 
 def at(module: Any, path: str) -> Any:
     """The submodule of a path."""
-    holders, last = _names(path)
-    return _state(module, holders)["_modules"][last]
-
-
-def _is_module(module: Any, path: str) -> bool:
-    holders, last = _names(path)
-    return last in _state(module, holders)["_modules"]
+    return _submodule(module, _names(path))
 
 
 def why_not_linear(modules: Iterable[tuple[str, nn.Module]]) -> str:
