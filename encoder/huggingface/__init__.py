@@ -7,6 +7,7 @@ be had too, in any model whose attention transformers lets one choose: ``attn_im
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,11 +36,11 @@ def _load(name: str, family: Family) -> None:
     fused: dict[str, type] = {}
     try:
         stock = Stock(name, family.prefix)
-        for of, kind, relies_on, layer in family.replaced:
+        for of, kind, relies_on, layer, attributes in family.replaced:
+            more: dict[str, Any] = {"fused_layer": fused[layer]} if layer else {}
             if issubclass(kind, Adapter):
-                fused[of] = stock.fused(FusedLayer, of, relies_on, adapter=kind(stock, relies_on))
-            else:
-                fused[of] = stock.fused(kind, of, relies_on, **({"fused_layer": fused[layer]} if layer else {}))
+                kind, more = FusedLayer, {"adapter": kind(stock, relies_on)}
+            fused[of] = stock.fused(kind, of, relies_on, **more, **attributes)
         plain = {stock[part] for part in family.plain}
     except Exception as error:  # whatever a module of transformers raises when it is imported
         MISSING[name] = str(error)

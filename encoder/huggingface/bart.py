@@ -119,17 +119,11 @@ def _clamped(out: Tensor) -> Tensor:
     return out.clamp(-limit, limit)
 
 
-class _FusedEncoder(PaddingFree):
-    """An encoder; mixed into a subclass of the family's own."""
-
-    layer_list = "layers"
-    own_positions = True
-
-
 def _of(more: str) -> tuple[Replaced, ...]:
+    encoder = {"layer_list": "layers", "own_positions": True}
     return (
         Replaced("EncoderLayer", _Encoder, _ENCODER_LAYER),
-        Replaced("Encoder", _FusedEncoder, {"Encoder": f"{_ENCODER} {more}"}, "EncoderLayer"),
+        Replaced("Encoder", PaddingFree, {"Encoder": f"{_ENCODER} {more}"}, "EncoderLayer", encoder),
         Replaced("DecoderLayer", DecoderAdapter, _DECODER_LAYER),
     )
 

@@ -54,13 +54,6 @@ class _FusedClipEncoder(PaddingFreeStates):
         return keep, (attention_mask[:, 0] == causal).all()
 
 
-class _FusedSiglipEncoder(PaddingFreeStates):
-    """SigLIP's encoder; mixed into a subclass of it."""
-
-    layer_list = "layers"
-    served = frozenset({"inputs_embeds", "attention_mask"})
-
-
 FAMILIES = {
     "clip": Family("CLIP", (
         Replaced("EncoderLayer", _Adapter, _LAYER),
@@ -68,6 +61,8 @@ FAMILIES = {
     )),
     "siglip": Family("Siglip", (
         Replaced("EncoderLayer", _Adapter, _OF_SIGLIP),
-        Replaced("Encoder", _FusedSiglipEncoder, _ENCODER, "EncoderLayer"),
+        Replaced("Encoder", PaddingFreeStates, _ENCODER, "EncoderLayer", {
+            "layer_list": "layers", "served": frozenset({"inputs_embeds", "attention_mask"}),
+        }),
     )),
 }  # fmt: skip

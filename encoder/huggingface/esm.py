@@ -46,14 +46,9 @@ class _Adapter(RotaryAdapter, BertKind):
         return at(layer, "attention.self").position_embedding_type == "rotary"  # type: ignore[no-any-return]
 
 
-class _FusedEncoder(PaddingFreeStates):
-    """ESM's encoder; mixed into a subclass of it."""
-
-    served = frozenset({"hidden_states", "attention_mask", "position_embeddings"})
-
-
 FAMILIES = {
     "esm": Family("", (
-        Replaced("EsmLayer", _Adapter, _LAYER), Replaced("EsmEncoder", _FusedEncoder, _ENCODER, "EsmLayer"),
+        Replaced("EsmLayer", _Adapter, _LAYER),
+        Replaced("EsmEncoder", PaddingFreeStates, _ENCODER, "EsmLayer", {"served": RotaryAdapter.served}),
     )),
 }  # fmt: skip

@@ -69,6 +69,8 @@ class Replaced(NamedTuple):
     """As for `Stock.fused`."""
     layer: str = ""
     """Of an encoder, the name of its layers' class, which stands before it in the `Family`."""
+    attributes: Mapping[str, Any] = types.MappingProxyType({})
+    """Of the class that takes its place."""
 
 
 class Family(NamedTuple):
