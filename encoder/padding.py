@@ -55,6 +55,11 @@ class RealTokens(NamedTuple):
         counts = facts[: keep.shape[0]]
         return cls(keep, lengths, counts) if all(facts[keep.shape[0] :]) else None
 
+    @property
+    def hidden(self) -> int:
+        """How many tokens are not real."""
+        return self.keep.numel() - sum(self.counts)
+
 
 def require_setting(padding: object) -> None:
     """Raise ValueError for a `padding` that is none of the settings."""
@@ -87,9 +92,10 @@ _WITHOUT_VALUES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchM
 
 def real_tokens(
     padding: str, keep: Tensor, weight: Tensor, *, products: int, num_layers: int, conditions: Sequence[Tensor] = (),
-    waits_anyway: bool = False,
+    known: RealTokens | None = None, waits_anyway: bool = False,
 ) -> RealTokens | None:  # fmt: skip
-    """The real tokens of a batch whose padding can and should be removed, else None. `may_remove` comes first.
+    """The real tokens of a batch whose padding can and should be removed, or that is found to have none; else None.
+    `may_remove` comes first.
 
     Args:
         padding: "auto" or "remove".
@@ -98,6 +104,7 @@ def real_tokens(
         products: multiply-adds of a layer's matrix products for a token.
         num_layers: how many layers run.
         conditions: bool tensors of one element, which must be True for padding to be removed.
+        known: the tokens, if they are counted already and all conditions hold.
         waits_anyway: a GPU is waited for in such a call even if padding is kept, so that to wait costs nothing.
     """
     decides = padding == "auto" and not (waits_anyway and keep.is_cuda)
@@ -105,9 +112,8 @@ def real_tokens(
         return None  # eager attention of packed tokens waits in each layer
     if decides and not _saves_time(keep, keep.numel(), products, num_layers):
         return None  # not even if nothing were real
-    tokens = RealTokens.read(keep, conditions)
-    saved = 0 if tokens is None else keep.numel() - sum(tokens.counts)
-    if saved == 0 or (decides and not _saves_time(keep, saved, products, num_layers)):
+    tokens = RealTokens.read(keep, conditions) if known is None else known
+    if tokens is None or (decides and tokens.hidden and not _saves_time(keep, tokens.hidden, products, num_layers)):
         return None
     return tokens
 

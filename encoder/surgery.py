@@ -48,9 +48,7 @@ class FuseReport:
         return "\n".join(lines)
 
 
-def fuse(
-    model: nn.Module, *, strict: bool = False, padding: str = "auto", recompute: bool = False
-) -> FuseReport:  # fmt: skip
+def fuse(model: nn.Module, *, strict: bool = False, padding: str = "auto", recompute: bool = False) -> FuseReport:
     """Run the layers inside `model` on the fused kernels, in place.
 
     Knows `nn.TransformerEncoder`, `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer`, an
@@ -97,7 +95,7 @@ def fuse(
     require_setting(padding)
     huggingface, problem = _huggingface()
     replacements = {**_OF_TORCH, **(huggingface.REPLACEMENTS if huggingface else {})}
-    already = {fused: fused for fused in replacements.values()}
+    known = replacements | {fused: fused for fused in replacements.values()}
     parts = {  # a layer computes these itself, fused or not
         part
         for layer in model.modules()
@@ -111,7 +109,7 @@ def fuse(
     for path, module in model.named_modules():
         if module in parts:
             continue
-        fused = replacements.get(type(module)) or already.get(type(module))
+        fused = known.get(type(module))
         if fused is not None:
             reason = (huggingface.why_changed(fused) if huggingface else "") or fused.why_not_fused(module)
         elif isinstance(module, tuple(replacements)):

@@ -148,7 +148,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         tokens = real_tokens(
             setting, keep, src, products=self._products(), num_layers=len(self.layers), conditions=conditions
         )
-        return None if tokens is None else PaddedPacking(tokens, batch_first=batch_first)
+        return PaddedPacking(tokens, batch_first=batch_first) if tokens and tokens.hidden else None
 
     def _products(self) -> int:
         """Multiply-adds of a layer's products for a token."""

@@ -18,16 +18,11 @@ from .packing import PackedTokens, PaddedPacking, in_the_kind_of
 
 _PARTS: tuple[tuple[str, type[nn.Module]], ...] = (
     ("self_attn", nn.MultiheadAttention),
-    ("linear1", nn.Linear),
-    ("linear2", nn.Linear),
-    ("norm1", nn.LayerNorm),
-    ("norm2", nn.LayerNorm),
-    ("dropout", nn.Dropout),
-    ("dropout1", nn.Dropout),
-    ("dropout2", nn.Dropout),
+    *((name, nn.Linear) for name in ("linear1", "linear2")),
+    *((name, nn.LayerNorm) for name in ("norm1", "norm2")),
+    *((name, nn.Dropout) for name in ("dropout", "dropout1", "dropout2")),
 )
 _WEIGHTED = tuple(name for name, _ in _PARTS[:5])
-
 _BLOCKS = ("_sa_block", "_ff_block")
 
 

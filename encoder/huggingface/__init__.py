@@ -7,33 +7,17 @@ be had too, in any model whose attention transformers lets one choose: ``attn_im
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import (
-    albert,
-    bart,
-    bert,
-    clip,
-    dinov2,
-    distilbert,
-    esm,
-    eurobert,
-    gpt2,
-    modernbert,
-    mpnet,
-    nomic_bert,
-    t5,
-    vit,
-    wav2vec2,
-    whisper,
-)
+from . import bart, bert, clip, esm, gpt2, modernbert, mpnet, rotary, t5, vit, wav2vec2
 from .heads import why_padding_matters
 from .interface import attention_forward
-from .layers import lay_together, let_go
-from .stock import Stock, why_changed
+from .layers import Adapter, FusedLayer, lay_together, let_go
+from .stock import Family, Stock, why_changed
 
 __all__ = ["attention_forward", "lay_together", "let_go", "why_changed", "why_padding_matters"]
 
@@ -47,25 +31,27 @@ MISSING: dict[str, str] = {}
 """The reason why the classes of a model type, by its name in ``transformers.models``, could not be loaded."""
 
 
-def _load() -> None:
-    """Load each model type separately, so that a missing class affects that type alone."""
-    for family in (
-        bert, distilbert, albert, mpnet, vit, clip, modernbert, t5, bart, esm, dinov2, wav2vec2, whisper, gpt2,
-        eurobert, nomic_bert,
-    ):  # fmt: skip
-        for name, prefix in family.FAMILIES.items():
-            try:
-                stock = Stock(name, prefix)
-                classes = list(family.fused_classes(stock))
-                plain = {stock[part] for part in getattr(family, "PLAIN", ())}
-            except Exception as error:  # whatever a module of transformers raises when it is imported
-                MISSING[name] = str(error)
-            else:
-                REPLACEMENTS.update({fused.stock_class: fused for fused in classes})
-                PLAIN.update(plain)
+def _load(name: str, family: Family) -> None:
+    """Load a model type. A missing class affects that type alone."""
+    fused: dict[str, type] = {}
+    try:
+        stock = Stock(name, family.prefix)
+        for of, kind, relies_on, layer, attributes in family.replaced:
+            more: dict[str, Any] = {"fused_layer": fused[layer]} if layer else {}
+            if issubclass(kind, Adapter):
+                kind, more = FusedLayer, {"adapter": kind(stock, relies_on)}
+            fused[of] = stock.fused(kind, of, relies_on, **more, **attributes)
+        plain = {stock[part] for part in family.plain}
+    except Exception as error:  # whatever a module of transformers raises when it is imported
+        MISSING[name] = str(error)
+    else:
+        REPLACEMENTS.update({stock[of]: of_fusenc for of, of_fusenc in fused.items()})
+        PLAIN.update(plain)
 
 
-_load()
+for _module in (bart, bert, clip, esm, gpt2, modernbert, mpnet, rotary, t5, vit, wav2vec2):
+    for _name, _family in _module.FAMILIES.items():
+        _load(_name, _family)
 
 
 def why_unknown(module: nn.Module) -> str:

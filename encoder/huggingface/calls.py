@@ -81,7 +81,7 @@ class Call:
 
     def __init__(self, packing: PaddedPacking | None, is_causal: bool = False, **shared: Any) -> None:
         self.packing, self.is_causal = packing, is_causal
-        self.shared = shared
+        self.shared: dict[Any, Any] = shared
         """What layers share: biases, tables."""
         self.last: Any = None
         """The layer that unpacks; None: the encoder does. Where the stock forward goes on with ``[B, L, width]``."""

@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..padding import RealTokens
 from .encoders import PaddingFreeStates
-from .layers import Adapter, FusedLayer, activation, at
-from .stock import Stock
-
-FAMILIES = {"clip": "CLIP", "siglip": "Siglip"}
+from .layers import Adapter
+from .layout import Layout
+from .stock import Family, Replaced
 
 _LAYER = {
-    "EncoderLayer": "hidden_states attention_mask **kwargs: layer_norm1 layer_norm2 mlp self_attn",
-    "MLP": "hidden_states: activation_fn fc1 fc2",
+    "EncoderLayer": "layer_norm1 layer_norm2 mlp self_attn",
+    "MLP mlp": "hidden_states: activation_fn fc1 fc2",
+    "Attention self_attn": "dropout head_dim k_proj out_proj q_proj scale v_proj",
 }
-_ATTENTION = "hidden_states attention_mask **kwargs: dropout head_dim k_proj out_proj q_proj scale v_proj"
+_OF_SIGLIP = {**_LAYER, "Attention self_attn": f"{_LAYER['Attention self_attn']} is_causal"}
 _ENCODER = {"Encoder": "inputs_embeds attention_mask **kwargs:"}
 
 
 class _Adapter(Adapter):
     """Of CLIP's layers."""
 
-    weights: ClassVar = {
-        "in_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
-        "out_proj": "self_attn.out_proj", "norm1": "layer_norm1", "weight1": "mlp.fc1", "weight2": "mlp.fc2",
-        "norm2": "layer_norm2",
-    }  # fmt: skip
-    attention = "self_attn"
+    layout = Layout(
+        "self_attn", "q_proj k_proj v_proj out_proj", scale="scale", norm_first=True, norm1="layer_norm1",
+        norm2="layer_norm2", weight1="mlp.fc1", activation="mlp.activation_fn", weight2="mlp.fc2",
+    )  # fmt: skip
     served = frozenset({"hidden_states", "attention_mask", "is_causal"})
-
-    def options_of(self, layer: Any) -> dict[str, Any]:
-        attention = at(layer, "self_attn")
-        return {
-            "norm_first": True, "scale": attention.scale, "activation": activation(at(layer, "mlp").activation_fn),
-            "eps1": at(layer, "layer_norm1").eps, "eps2": at(layer, "layer_norm2").eps,
-            "attn_dropout_p": attention.dropout if attention.training else 0.0,
-        }  # fmt: skip
 
 
 class _FusedClipEncoder(PaddingFreeStates):
@@ -65,18 +54,15 @@ class _FusedClipEncoder(PaddingFreeStates):
         return keep, (attention_mask[:, 0] == causal).all()
 
 
-class _FusedSiglipEncoder(PaddingFreeStates):
-    """SigLIP's encoder; mixed into a subclass of it."""
-
-    layer_list = "layers"
-    served = frozenset({"inputs_embeds", "attention_mask"})
-
-
-def fused_classes(stock: Stock) -> Iterator[type]:
-    """The classes that take the place of a family's own."""
-    parts, clip = {"self_attn": stock["Attention"], "mlp": stock["MLP"]}, stock.prefix == "CLIP"
-    attention = {"Attention": _ATTENTION if clip else f"{_ATTENTION} is_causal"}
-    layer = stock.fused(FusedLayer, "EncoderLayer", {**_LAYER, **attention}, adapter=_Adapter(parts))
-    yield layer
-    encoder: Any = _FusedClipEncoder if clip else _FusedSiglipEncoder
-    yield stock.fused(encoder, "Encoder", _ENCODER, fused_layer=layer)
+FAMILIES = {
+    "clip": Family("CLIP", (
+        Replaced("EncoderLayer", _Adapter, _LAYER),
+        Replaced("Encoder", _FusedClipEncoder, _ENCODER, "EncoderLayer"),
+    )),
+    "siglip": Family("Siglip", (
+        Replaced("EncoderLayer", _Adapter, _OF_SIGLIP),
+        Replaced("Encoder", PaddingFreeStates, _ENCODER, "EncoderLayer", {
+            "layer_list": "layers", "served": frozenset({"inputs_embeds", "attention_mask"}),
+        }),
+    )),
+}  # fmt: skip

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from .. import kernels
 from ..modules import why_not_plain
 from .calls import asks_for_more, by_name
-from .layers import rate
 
 
 class PostNormEmbeddings(nn.Module):
@@ -51,7 +50,7 @@ class PostNormEmbeddings(nn.Module):
         word, position, types = parts["word_embeddings"], parts["position_embeddings"], parts.get(_TABLES[2])
         given = by_name(self, args, kwargs)
         input_ids, position_ids = given.get("input_ids"), given.get("position_ids")
-        norm = parts["LayerNorm"]
+        norm, dropout = parts["LayerNorm"], parts["dropout"]
         if (
             input_ids is None
             or asks_for_more(given, self.served)
@@ -64,7 +63,7 @@ class PostNormEmbeddings(nn.Module):
         return kernels.embed_norm(
             input_ids, word.weight, position.weight, None if types is None else types.weight, norm.weight, norm.bias,
             position_ids=position_ids, token_type_ids=given.get("token_type_ids"), eps=norm.eps,
-            dropout_p=rate(self, "dropout"), padding_idx=word.padding_idx,
+            dropout_p=dropout.p if dropout.training else 0.0, padding_idx=word.padding_idx,
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from ..modules import Watched, has_hooks
 from ..packing import FlattenedPacking, PaddedPacking, UnflattenedPacking
 from ..padding import RealTokens, may_remove, real_tokens, require_setting
 from .calls import FLATTENED, Call, asks_for_more, by_name, flattened_starts, readable, require_known
+from .masks import count_for, counted
 from .stock import CAPTURE, collected
 
 
@@ -114,6 +115,7 @@ class PaddingFree(nn.Module):
             if not self._ask_all():
                 return False
             _watched[self] = Watched(self)
+            count_for(getattr(self, "config", None))
         return True
 
     def _ask_all(self) -> bool:
@@ -138,7 +140,7 @@ class PaddingFree(nn.Module):
             return None
         tokens = self._padding(inputs, attention_mask, given)
         if tokens is not None:
-            return None, self._call(PaddedPacking(tokens), inputs, given)
+            return None, self._call(PaddedPacking(tokens) if tokens.hidden else None, inputs, given)
         return attention_mask, self._call(None, inputs, given)
 
     def _call(self, packing: PaddedPacking | None, inputs: Tensor, given: dict[str, Any]) -> Call:
@@ -146,13 +148,15 @@ class PaddingFree(nn.Module):
         return Call(packing, bool(given.get("is_causal")))
 
     def _padding(self, inputs: Tensor, attention_mask: Any, given: dict[str, Any]) -> RealTokens | None:
-        """The real tokens, if this call can and should leave the others out, else None. A GPU is waited for once."""
+        """The real tokens, if there are no others or this call can and should leave them out, else None. A GPU is
+        waited for once, or if `masks` has counted them, not again."""
         if not isinstance(attention_mask, Tensor) or not may_remove(self.padding, inputs, attention_mask):
             return None
         found = self._real_tokens(inputs, attention_mask)
         if found is None:
             return None
         keep, *conditions = found
+        known = None if self.by_distance else counted(attention_mask)
         if self.by_distance:
             conditions.append((keep[:, 0] + (keep[:, 1:] & ~keep[:, :-1]).sum(1) <= 1).all())
         layers = list(self.layers_of(self))
@@ -163,7 +167,7 @@ class PaddingFree(nn.Module):
         num_layers = max(len(layers), getattr(getattr(self, "config", None), "num_hidden_layers", 0))
         return real_tokens(
             self.padding, keep, weights[0], products=sum(weight.numel() for weight in weights), num_layers=num_layers,
-            conditions=conditions, waits_anyway=True,  # transformers looks at each mask
+            conditions=conditions, known=known, waits_anyway=True,  # transformers looks at each mask
         )  # fmt: skip
 
     def _all_real(self, inputs: Tensor, attention_mask: Any) -> bool:

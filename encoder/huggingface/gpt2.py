@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
 from ..packing import FlattenedPacking, PaddedPacking
 from .calls import Call
 from .encoders import PaddingFree
-from .layers import Adapter, FusedLayer, activation, at, rate
-from .stock import Stock
-
-FAMILIES = {"gpt2": "GPT2"}
+from .layers import Adapter
+from .layout import Layout, at
+from .stock import Family, Replaced
 
 _BLOCK = {
-    "Block": "hidden_states attention_mask **kwargs: attn ln_1 ln_2 ln_cross_attn mlp",
-    "Attention": "hidden_states attention_mask **kwargs: _upcast_and_reordered_attn attn_dropout c_attn c_proj "
-                 "head_dim q_attn reorder_and_upcast_attn resid_dropout scaling split split_size",
-    "MLP": "hidden_states: act c_fc c_proj dropout",
+    "Block": "attn ln_1 ln_2 ln_cross_attn mlp",
+    "Attention attn": "_upcast_and_reordered_attn attn_dropout c_attn c_proj head_dim q_attn reorder_and_upcast_attn "
+                      "resid_dropout scaling split split_size",
+    "MLP mlp": "hidden_states: act c_fc c_proj dropout",
 }  # fmt: skip
 _MODEL = {
     "Model": "input_ids attention_mask token_type_ids position_ids **kwargs: add_cross_attention "
@@ -31,26 +29,16 @@ _MODEL = {
 class _Adapter(Adapter):
     """Of GPT-2's blocks."""
 
-    weights: ClassVar = {
-        "in_proj": "attn.c_attn", "out_proj": "attn.c_proj", "norm1": "ln_1", "weight1": "mlp.c_fc",
-        "weight2": "mlp.c_proj", "norm2": "ln_2",
-    }  # fmt: skip
-    attention = "attn"
-    dropouts = ("attn.attn_dropout", "attn.resid_dropout", "mlp.dropout")
+    layout = Layout(
+        "attn", "c_attn c_proj", attention_dropout="attn_dropout", norm_first=True, norm1="ln_1", norm2="ln_2",
+        weight1="mlp.c_fc", activation="mlp.act", weight2="mlp.c_proj", dropout1_p="attn.resid_dropout.p",
+        dropout2_p="mlp.dropout.p",
+    )  # fmt: skip
 
     def why_not_more(self, layer: Any) -> str:
         if "crossattention" in layer._modules:
             return "it has cross-attention"
         return "attention is reordered and upcast" if at(layer, "attn").reorder_and_upcast_attn else ""
-
-    def options_of(self, layer: Any) -> dict[str, Any]:
-        attention = at(layer, "attn")
-        return {
-            "norm_first": True, "scale": attention.scaling, "activation": activation(at(layer, "mlp").act),
-            "eps1": at(layer, "ln_1").eps, "eps2": at(layer, "ln_2").eps,
-            "attn_dropout_p": at(attention, "attn_dropout").p if attention.training else 0.0,
-            "dropout1_p": rate(attention, "resid_dropout"), "dropout2_p": rate(layer, "mlp.dropout"),
-        }  # fmt: skip
 
 
 class _FusedModel(PaddingFree):
@@ -61,7 +49,10 @@ class _FusedModel(PaddingFree):
 
     def _plan(self, inputs: Tensor, given: dict[str, Any], flattened: dict[str, Any]) -> tuple[Any, Call] | None:
         bidirectional = not getattr(self.config, "is_causal", True)
-        return None if bidirectional or self._uses_cache(given) else super()._plan(inputs, given, flattened)
+        plan = None if bidirectional or self._uses_cache(given) else super()._plan(inputs, given, flattened)
+        if plan is not None and plan[1].packing is None:  # without a mask GPT-2 looks for padding among the ids
+            return given.get("attention_mask"), plan[1]
+        return plan
 
     def _uses_cache(self, given: dict[str, Any]) -> bool:
         asked: Any = given.get("use_cache")
@@ -89,9 +80,6 @@ class _FusedModel(PaddingFree):
         return super()._for_stock(given, flattened)
 
 
-def fused_classes(stock: Stock) -> Iterator[type]:
-    """The classes that take the place of GPT-2's."""
-    parts = {"attn": stock["Attention"], "mlp": stock["MLP"]}
-    block = stock.fused(FusedLayer, "Block", _BLOCK, adapter=_Adapter(parts))
-    yield block
-    yield stock.fused(_FusedModel, "Model", _MODEL, fused_layer=block)
+FAMILIES = {
+    "gpt2": Family("GPT2", (Replaced("Block", _Adapter, _BLOCK), Replaced("Model", _FusedModel, _MODEL, "Block"))),
+}

@@ -12,39 +12,26 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-_TOKENS = "the loss ignores the label -100 of padded tokens"
-_FIRST = "the first token is pooled"
-_MASKED = "the decoder masks the padding of its source"
-
-INDEPENDENT: dict[str, str] = {
-    "Model": "hidden states of a token each, and of the first token",
-    "EncoderModel": "hidden states of a token each",
-    "LMHeadModel": _TOKENS,
-    "ForCausalLM": _TOKENS,
-    "ForMaskedLM": _TOKENS,
-    "ForTokenClassification": _TOKENS,
-    "ForPreTraining": "the loss ignores padded tokens, by their label or by the mask; the first token is pooled",
-    "ForNextSentencePrediction": _FIRST,
-    "ForSequenceClassification": "the first token, the mean by the mask or the end of a decoder's sequence is pooled",
-    "ForMultipleChoice": "the first token or the mean by the mask is pooled",
-    "ForConditionalGeneration": _MASKED,
-    "MTModel": _MASKED,
-    "TextModel": "the end of the text is pooled",
-    "TextTransformer": "the end of the text is pooled",
-    "TextModelWithProjection": "the end of the text is pooled",
-    "VisionModel": "images have no padding",
-    "VisionTransformer": "images have no padding",
-    "VisionModelWithProjection": "images have no padding",
-    "ForImageClassification": "images have no padding",
+INDEPENDENT = {
+    "hidden states of a token each": "EncoderModel",
+    "hidden states of a token each, and of the first token": "Model",
+    "the loss ignores the label -100 of padded tokens": "LMHeadModel ForCausalLM ForMaskedLM ForTokenClassification",
+    "the loss ignores padded tokens, by their label or by the mask; the first token is pooled": "ForPreTraining",
+    "the first token is pooled": "ForNextSentencePrediction",
+    "the first token, the mean by the mask or the end of a decoder's sequence is pooled": "ForSequenceClassification",
+    "the first token or the mean by the mask is pooled": "ForMultipleChoice",
+    "the decoder masks the padding of its source": "ForConditionalGeneration MTModel",
+    "the end of the text is pooled": "TextModel TextTransformer TextModelWithProjection",
+    "images have no padding": "VisionModel VisionTransformer VisionModelWithProjection ForImageClassification",
 }
-"""Why what a model returns does not depend on padding, by the end of its class's name after that of its family."""
+"""Ends of class names, after that of the family, by why what such a model returns does not depend on padding."""
 
 _PREFIXES = (
     "Bert", "Roberta", "XLMRoberta", "Camembert", "Electra", "DistilBert", "Albert", "MPNet", "ModernBert", "T5", "MT5",
     "Bart", "Marian", "CLIP", "Esm", "EuroBert", "NomicBert", "GPT2",
 )  # fmt: skip
 
-_INDEPENDENT = {prefix + ending for prefix in _PREFIXES for ending in INDEPENDENT} | {
+_INDEPENDENT = {prefix + end for prefix in _PREFIXES for ends in INDEPENDENT.values() for end in ends.split()} | {
     "EncoderDecoderModel", "VisionTextDualEncoderModel", "SiglipVisionModel", "SiglipVisionTransformer",
     "SiglipForImageClassification",
     "DPRContextEncoder", "DPRQuestionEncoder", "DPREncoder",

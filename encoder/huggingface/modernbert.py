@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..modules import why_not_plain
-from ..packing import PaddedPacking
 from .calls import Call
-from .layers import FusedLayer, activation, at, rate
-from .rotary import RotaryAdapter, RotaryCall, RotaryModel
-from .stock import Stock
+from .layout import Layout, at
+from .rotary import RotaryAdapter, RotaryModel, packed_tables
+from .stock import Family, Replaced
 
-FAMILIES = {"modernbert": ""}
-
+_ARGUMENTS = "hidden_states attention_mask position_embeddings **kwargs"
 _LAYER = {
-    "ModernBertEncoderLayer": "hidden_states attention_mask position_embeddings **kwargs: attn attn_norm mlp mlp_norm",
-    "ModernBertAttention": "hidden_states position_embeddings attention_mask **kwargs: "
-                           "Wo Wqkv apply_rotary_pos_emb attention_dropout head_dim out_drop sliding_window",
-    "ModernBertMLP": "hidden_states: Wi Wo act drop",
+    "ModernBertEncoderLayer": f"{_ARGUMENTS}: attn attn_norm mlp mlp_norm",
+    "ModernBertAttention attn": f"{_ARGUMENTS}: Wo Wqkv apply_rotary_pos_emb attention_dropout head_dim out_drop "
+                                "sliding_window",
+    "ModernBertMLP mlp": "hidden_states: Wi Wo act drop",
     "apply_rotary_pos_emb": "q k cos sin unsqueeze_dim: float rotate_half",
     "rotate_half": "x: cat",
 }  # fmt: skip
@@ -31,39 +29,18 @@ _MODEL = {
 }  # fmt: skip
 
 
-class _Call(RotaryCall):
-    """The band of a window too."""
-
-    def __init__(self, packing: PaddedPacking | None) -> None:
-        super().__init__(packing)
-        self._bands: dict[int, Tensor] = {}
-
-    def band(self, reach: int, x: Tensor) -> Tensor | None:
-        """Which keys are no farther than `reach` tokens from a query, bool ``[L, L]``; None if all are."""
-        length = x.shape[1] if self.packing is None else self.packing.max_length
-        if length <= reach + 1:
-            return None
-        if reach not in self._bands:
-            every = torch.ones(length, length, dtype=torch.bool, device=x.device)
-            self._bands[reach] = every.tril(reach).triu(-reach)
-        return self._bands[reach]
-
-
 class _Adapter(RotaryAdapter):
     """Of ModernBERT's layers."""
 
-    weights: ClassVar = {
-        "in_proj": "attn.Wqkv", "out_proj": "attn.Wo", "norm1": "attn_norm", "weight1": "mlp.Wi", "weight2": "mlp.Wo",
-        "norm2": "mlp_norm",
-    }  # fmt: skip
-    attention = "attn"
-    dropouts = ("mlp.drop",)
+    _layout = functools.partial(
+        Layout, "attn", "Wqkv Wo", scale="", attention_dropout="attention_dropout", norm_first=True, gated=True,
+        norm2="mlp_norm", weight1="mlp.Wi", activation="mlp.act", weight2="mlp.Wo", dropout_p="mlp.drop.p",
+    )  # fmt: skip
+    layout = _layout(norm1="attn_norm")
+    first = _layout()
 
-    def weights_of(self, layer: Any) -> dict[str, str]:
-        places = dict(self.weights)
-        if type(at(layer, "attn_norm")) is nn.Identity:
-            del places["norm1"]
-        return places
+    def layout_of(self, layer: Any) -> Layout:
+        return self.first if type(at(layer, "attn_norm")) is nn.Identity else self.layout
 
     def why_not_more(self, layer: Any) -> str:
         # The first layer has no norm of its own, and without dropout there is no module for it.
@@ -74,30 +51,28 @@ class _Adapter(RotaryAdapter):
         )
 
     def options_of(self, layer: Any) -> dict[str, Any]:
-        attn, mlp, first = at(layer, "attn"), at(layer, "mlp"), at(layer, "attn_norm")
-        plain, out_drop = type(first) is nn.Identity, at(attn, "out_drop")
-        return {
-            "norm_first": True, "no_norm1": plain, "gated": True, "activation": activation(mlp.act),
-            "eps1": 0.0 if plain else first.eps, "eps2": at(layer, "mlp_norm").eps,
-            "attn_dropout_p": attn.attention_dropout if attn.training else 0.0,
-            "dropout1_p": out_drop.p if type(out_drop) is nn.Dropout and out_drop.training else 0.0,
-            "dropout_p": rate(mlp, "drop"),
-        }  # fmt: skip
+        options, out_drop = super().options_of(layer), at(layer, "attn.out_drop")
+        if type(out_drop) is nn.Dropout and out_drop.training:
+            options["dropout1_p"] = out_drop.p
+        return options
 
     def options_of_call(self, layer: Any, x: Tensor, given: dict[str, Any], call: Call | None) -> dict[str, Any]:
         tables, mask = given["position_embeddings"], given.get("attention_mask")
-        if not isinstance(call, _Call):
+        if call is None:
             return {"rotary": tables, "attn_mask": mask}
-        size = at(layer, "attn").sliding_window
-        reach = None if size is None else size - 1
-        if call.packing is not None:
-            tables, mask = call.tables(tables, layer.attention_type), None
-        if reach is None:
+        packing, size = call.packing, at(layer, "attn").sliding_window
+        if packing is not None:
+            tables, mask = packed_tables(tables, call, layer.attention_type), None
+        if size is None:
             return {"rotary": tables, "attn_mask": mask}
         if x.is_cuda:
-            return {"rotary": tables, "attn_mask": mask, "window": (reach, reach)}
+            return {"rotary": tables, "attn_mask": mask, "window": (size - 1, size - 1)}
         # Elsewhere torch's attention is faster with a mask than ours with a window.
-        return {"rotary": tables, "attn_mask": call.band(reach, x)}
+        length = x.shape[1] if packing is None else packing.max_length
+        if ("band", size) not in call.shared and length > size:
+            every = torch.ones(length, length, dtype=torch.bool, device=x.device)
+            call.shared["band", size] = every.tril(size - 1).triu(1 - size)
+        return {"rotary": tables, "attn_mask": call.shared.get(("band", size))}
 
 
 class _FusedModel(RotaryModel):
@@ -120,18 +95,15 @@ class _FusedModel(RotaryModel):
             return None
         return _for_all(None if mask is None else mask.bool()[:, None, None]), call
 
-    def _call(self, packing: PaddedPacking | None, inputs: Tensor, given: dict[str, Any]) -> Call:
-        return _Call(packing)
-
 
 def _for_all(mask: Tensor | None) -> dict[str, Tensor | None]:
     """The same mask for layers of either kind."""
     return {"full_attention": mask, "sliding_attention": mask}
 
 
-def fused_classes(stock: Stock) -> Iterator[type]:
-    """The classes that take the place of ModernBERT's."""
-    parts = {"attn": stock["ModernBertAttention"], "mlp": stock["ModernBertMLP"]}
-    layer = stock.fused(FusedLayer, "ModernBertEncoderLayer", _LAYER, adapter=_Adapter(parts))
-    yield layer
-    yield stock.fused(_FusedModel, "ModernBertModel", _MODEL, fused_layer=layer)
+FAMILIES = {
+    "modernbert": Family("", (
+        Replaced("ModernBertEncoderLayer", _Adapter, _LAYER),
+        Replaced("ModernBertModel", _FusedModel, _MODEL, "ModernBertEncoderLayer"),
+    )),
+}  # fmt: skip

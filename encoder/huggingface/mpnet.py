@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
@@ -14,67 +13,51 @@ from ..kernels.common.backend import would_use_triton
 from ..packing import PaddedPacking
 from .bert import BertKind
 from .calls import FLATTENED, Call, by_name, require_known
-from .encoders import PaddingFreeStates
-from .layers import FusedLayer, activation, at, rate
-from .stock import Stock
-
-FAMILIES = {"mpnet": "MPNet"}
+from .encoders import PaddingFreeStates, why_a_layer_is_not_fused
+from .layers import bias_and_mask
+from .layout import Layout
+from .stock import Family, Replaced
 
 _BUCKETS, _REACH = 32, 128  # MPNet's own, whatever the configuration says
 
-_PARTS = {
-    "attention": "Attention", "attention.attn": "SelfAttention", "intermediate": "Intermediate", "output": "Output",
-}  # fmt: skip
+_ARGUMENTS = "hidden_states attention_mask position_bias **kwargs"
 _LAYER = {
-    "Layer": "hidden_states attention_mask position_bias **kwargs: attention intermediate output",
-    "Attention": "hidden_states attention_mask position_bias **kwargs: LayerNorm attn dropout",
-    "SelfAttention": "hidden_states attention_mask position_bias **kwargs: "
-                     "all_head_size attention_head_size dropout k math matmul o q softmax sqrt v",
-    "Intermediate": "hidden_states: dense intermediate_act_fn",
-    "Output": "hidden_states input_tensor: LayerNorm dense dropout",
+    "Layer": f"{_ARGUMENTS}: attention intermediate output",
+    "Attention attention": f"{_ARGUMENTS}: LayerNorm attn dropout",
+    "SelfAttention attention.attn":
+        f"{_ARGUMENTS}: all_head_size attention_head_size dropout k math matmul o q softmax sqrt v",
+    "Intermediate intermediate": "hidden_states: dense intermediate_act_fn",
+    "Output output": "hidden_states input_tensor: LayerNorm dense dropout",
 }  # fmt: skip
 _ENCODER = {
-    "Encoder": "hidden_states attention_mask **kwargs: compute_position_bias layer",
+    "Encoder": "compute_position_bias layer",
     "Encoder.compute_position_bias": "x position_ids num_buckets: relative_attention_bias relative_position_bucket",
-    "Encoder.relative_position_bucket": "relative_position num_buckets max_distance: "
-                                        "abs float full_like log math min where",
+    "Encoder.relative_position_bucket":
+        "relative_position num_buckets max_distance: abs float full_like log math min where",
 }  # fmt: skip
 
 
 class _Adapter(BertKind):
     """Of MPNet's layers."""
 
-    weights: ClassVar = {
-        "in_proj": "attention.attn.q", "k_proj": "attention.attn.k", "v_proj": "attention.attn.v",
-        "out_proj": "attention.attn.o", "norm1": "attention.LayerNorm", "weight1": "intermediate.dense",
-        "weight2": "output.dense", "norm2": "output.LayerNorm",
-    }  # fmt: skip
-    attention = "attention.attn"
-    dropouts = ("attention.attn.dropout", "attention.dropout", "output.dropout")
+    layout = Layout(
+        "attention.attn", "q k v o", scale="", attention_dropout="dropout.p", norm1="attention.LayerNorm",
+        norm2="output.LayerNorm", weight1="intermediate.dense", activation="intermediate.intermediate_act_fn",
+        weight2="output.dense", dropout1_p="attention.dropout.p", dropout2_p="output.dropout.p",
+    )  # fmt: skip
     served = frozenset({"hidden_states", "attention_mask", "position_bias"})
-
-    def options_of(self, layer: Any) -> dict[str, Any]:
-        attention = at(layer, "attention")
-        return {
-            "activation": activation(at(layer, "intermediate").intermediate_act_fn),
-            "eps1": at(attention, "LayerNorm").eps, "eps2": at(layer, "output.LayerNorm").eps,
-            "attn_dropout_p": rate(attention, "attn.dropout"), "dropout1_p": rate(attention, "dropout"),
-            "dropout2_p": rate(layer, "output.dropout"),
-        }  # fmt: skip
 
     def serves(self, layer: Any, given: dict[str, Any]) -> bool:
         mask = given.get("attention_mask")
         return mask is None or mask.dtype != torch.bool  # which MPNet would add as a number
 
     def options_of_call(self, layer: Any, x: Tensor, given: dict[str, Any], call: Call | None) -> dict[str, Any]:
-        mask, bias = given.get("attention_mask"), given.get("position_bias")
-        by_distance = None if call is None else call.shared.get("relative_bias")
-        if by_distance is not None:
-            return {"attn_mask": mask, "relative_bias": by_distance}
-        if call is not None and call.packing is not None:
-            assert bias is not None
-            return {"attn_mask": bias[..., : call.packing.max_length, : call.packing.max_length]}
-        return {"attn_mask": bias + mask if bias is not None and mask is not None else mask if bias is None else bias}
+        bias: Any = given.get("position_bias")
+        if call is not None:
+            bias = call.shared.get("relative_bias", bias)
+            if call.packing is not None and bias.dim() == 4:
+                bias = bias[..., : call.packing.max_length, : call.packing.max_length]
+        return bias_and_mask(bias, given.get("attention_mask"))
 
     def results(self, out: Tensor, given: dict[str, Any]) -> Any:
         return (out,)
@@ -87,12 +70,12 @@ _flattened: ContextVar[dict[str, Any]] = ContextVar("flattened")
 class _FusedModel(nn.Module):
     """MPNet, which keeps the arguments of a flattened batch for its encoder; mixed into a subclass of it."""
 
-    fused_encoder: ClassVar[Any]
+    fused_layer: ClassVar[Any]
 
     @classmethod
     def why_not_fused(cls, model: Any) -> str:
         """Why a model's encoder cannot run fused, or ""."""
-        return cls.fused_encoder.why_not_fused(model.encoder)  # type: ignore[no-any-return]
+        return why_a_layer_is_not_fused(model.encoder.layer, cls.fused_layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As MPNet's own."""
@@ -100,7 +83,7 @@ class _FusedModel(nn.Module):
         flattened = {name: given.pop(name) for name in FLATTENED if given.get(name) is not None}
         if not flattened:
             return super().forward(**given)
-        if not isinstance(self.encoder, self.fused_encoder):
+        if not isinstance(self.encoder, _FusedEncoder):
             require_known(flattened, None)
         token = _flattened.set(flattened)
         try:
@@ -134,11 +117,10 @@ class _FusedEncoder(PaddingFreeStates):
         return super().compute_position_bias(x[:1], *args, **kwargs)  # type: ignore[misc]
 
 
-def fused_classes(stock: Stock) -> Iterator[type]:
-    """The classes that take the place of MPNet's."""
-    parts = {path: stock[name] for path, name in _PARTS.items()}
-    layer = stock.fused(FusedLayer, "Layer", _LAYER, adapter=_Adapter(parts))
-    yield layer
-    encoder = stock.fused(_FusedEncoder, "Encoder", _ENCODER, fused_layer=layer)
-    yield encoder
-    yield stock.fused(_FusedModel, "Model", {}, fused_layer=layer, fused_encoder=encoder)
+FAMILIES = {
+    "mpnet": Family("MPNet", (
+        Replaced("Layer", _Adapter, _LAYER),
+        Replaced("Encoder", _FusedEncoder, _ENCODER, "Layer"),
+        Replaced("Model", _FusedModel, {}, "Layer"),
+    )),
+}  # fmt: skip

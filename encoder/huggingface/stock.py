@@ -14,8 +14,8 @@ import importlib
 import inspect
 import sys
 import types
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import transformers
 from transformers import PreTrainedModel
@@ -59,6 +59,30 @@ _COMMON_NAMES = _words(
 """Names that any stock forward may use: they shape and copy, or choose what the fused forwards do not stand in for."""
 
 
+class Replaced(NamedTuple):
+    """A stock class that `fuse` replaces."""
+
+    name: str
+    kind: Any
+    """Of a layer its adapter, else the class with the fused forward."""
+    relies_on: Mapping[str, str]
+    """As for `Stock.fused`."""
+    layer: str = ""
+    """Of an encoder, the name of its layers' class, which stands before it in the `Family`."""
+    attributes: Mapping[str, Any] = types.MappingProxyType({})
+    """Of the class that takes its place."""
+
+
+class Family(NamedTuple):
+    """What `fuse` knows of a model type."""
+
+    prefix: str
+    """Of the names of its classes, which `replaced` leaves out."""
+    replaced: Sequence[Replaced]
+    plain: Sequence[str] = ()
+    """Names of classes that stay as they are by nature, although transformers checkpoints them as it does layers."""
+
+
 class Stock:
     """The classes and functions of one model type, by name; `prefix` is left out of the names.
 
@@ -86,7 +110,9 @@ class Stock:
 
         Args:
             relies_on: for the name of each stock class (its forward is meant), method or function that the fused
-                forward stands in for or calls: its arguments, a colon, and the names that its code uses.
+                forward stands in for or calls: its arguments, a colon, and the names that its code uses. Without a
+                colon the arguments are ``hidden_states attention_mask **kwargs``. After the name of a class come the
+                paths in a layer where its modules are.
         """
         plain = self[name]
         signature = inspect.signature(plain.forward)
@@ -98,8 +124,8 @@ class Stock:
         forward.__kwdefaults__, forward.__doc__, forward.__signature__ = code.__kwdefaults__, code.__doc__, signature
         members = {
             "__module__": mixin.__module__, "__qualname__": f"Fused{plain.__name__}", "__doc__": mixin.__doc__,
-            "forward": forward, "stock_class": plain, "stock_arguments": tuple(positional[1:]),
-            "relies_on": tuple((self, part, declared) for part, declared in relies_on.items()),
+            "forward": forward, "stock": self, "stock_class": plain, "stock_arguments": tuple(positional[1:]),
+            "relies_on": relies_on,
         }  # fmt: skip
         fused = type(plain.__name__, (mixin, plain), {**members, **attributes})
         setattr(sys.modules[mixin.__module__], fused.__qualname__, fused)
@@ -115,22 +141,26 @@ def collected() -> Any:
 
 def why_changed(fused: Any) -> str:
     """The reason why the installed transformers differs from what a fused class, or its layers', needs, or ""."""
-    for stock, name, declared in getattr(fused, "relies_on", ()):
+    for part, declared in getattr(fused, "relies_on", {}).items():
+        name = part.split()[0]
         try:
-            found = stock[name]
+            found = fused.stock[name]
         except AttributeError as error:
             return str(error)
         ending = ".forward" if isinstance(found, type) else ""
         if reason := _why_other(getattr(found, "forward", found), declared):
-            return f"transformers {transformers.__version__}: {stock.prefix}{name}{ending} {reason}"
+            return f"transformers {transformers.__version__}: {fused.stock.prefix}{name}{ending} {reason}"
     return why_changed(fused.fused_layer) if hasattr(fused, "fused_layer") else ""
+
+
+_USUAL_ARGUMENTS = "hidden_states attention_mask **kwargs"
 
 
 @functools.cache
 def _why_other(function: Callable[..., Any], declared: str) -> str:
     """Why a function is not the one declared, or ""."""
     function = inspect.unwrap(function)
-    arguments, names = map(_words, declared.split(":"))
+    arguments, names = map(_words, declared.split(":") if ":" in declared else (_USUAL_ARGUMENTS, declared))
     by_keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     takes = {
         p.name if p.kind in by_keyword else str(p).partition(":")[0]  # **kwargs, or what is not known

@@ -246,14 +246,17 @@ class Operation:
             results = made.call(*tensors, *sizes)
         else:
             results = self.eager(tensors, numbers, *sizes)
-            results = (*results, *[None] * (self.results - len(results)))
-        return _tensors_only(tensors[0], results[: self.results])
+        return _tensors_only(tensors[0], self._all(results))
 
     def _fake_results(self, arguments: Sequence[Any]) -> tuple[Tensor | None, ...]:
         tensors, numbers, sizes, needs = self._split(arguments)
         kernels = backend.would_use_triton(tensors[0])
         results = self.fake(tensors, numbers, sizes, needs if kernels else ())  # type: ignore[misc]
-        return results if kernels else (*results[: self.outputs], *[None] * (self.results - self.outputs))
+        return self._all(results if kernels else results[: self.outputs])
+
+    def _all(self, results: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """As many results as an operator has."""
+        return (*results, *[None] * (self.results - len(results)))[: self.results]
 
     def _fake_operator(self, *arguments: Any) -> tuple[Tensor, ...]:
         return tuple(arguments[0].new_empty(0) if t is None else t for t in self._fake_results(arguments))
@@ -300,8 +303,11 @@ class Operation:
                 results = made.call(grads, saved, *sizes)
             else:
                 results = self._eager_gradients(grads, saved, numbers, sizes, needs)
-        found = [t if need else None for t, need in zip(results, needs, strict=True)]
-        return list(_tensors_only(first, found, [dtype for dtype, _ in _forms(like)]))
+        found, forms = [t if need else None for t, need in zip(results, needs, strict=True)], _forms(like)
+        for i, (dtype, size) in enumerate(forms):
+            if needs[i] and found[i] is None:  # nothing depends on it
+                found[i] = first.new_zeros(size, dtype=dtype)
+        return list(_tensors_only(first, found, [dtype for dtype, _ in forms]))
 
     def _eager_gradients(
         self, grads: list[Any], tensors: list[Any], numbers: Any, sizes: tuple[int, ...], needs: Sequence[bool]

@@ -51,7 +51,8 @@ def encoder_layer(
     them. On the kernels it is one call and one autograd function: 7 kernels forward and 12 backward (post-norm, no
     dropout), since gradients of biases and norms are summed on the side and residual gradients are added inside
     products. So it is under autocast: weights are cast once a region, what goes from part to part is float32, and the
-    norms write the copies that products read. Elsewhere and under torch.compile it is those functions themselves.
+    norms write the copies that products read. Under torch.compile it is one operator. Elsewhere it is those functions
+    themselves.
 
     Args:
         src: ``[B, L, E]``, ``[L, B, E]`` (with `batch_first` False), or packed, ``[T, E]``.
@@ -124,7 +125,8 @@ def encoder_layer(
         require_modules(modules, weights)
         return parts.encoder_layer(*checked(tensors, options, max_seqlen), max_seqlen, modules)
     out, copy = ENCODER_LAYER(tensors, options, (max_seqlen, int(not batch_first)))[:2]
-    if copy is not None and not out.is_inference():  # nobody counts the changes of those
+    # An operator's result stands for one that is not there, and nobody counts the changes of inference tensors.
+    if copy is not None and not torch.compiler.is_compiling() and not out.is_inference():
         out._fusenc_copy = (copy, out._version)
     return out
 

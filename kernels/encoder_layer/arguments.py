@@ -155,11 +155,11 @@ def as_rows(attended: Tensor, o: Options) -> Tensor:
     return swapped.reshape(-1, attended.shape[1] * attended.shape[3])
 
 
-def as_heads(rows: Tensor, attended: Tensor, o: Options) -> Tensor:
+def as_heads(rows: Tensor, shape: Sequence[int], o: Options) -> Tensor:
     """The other way round."""
-    if attended.dim() == 3:
-        return rows.view(attended.shape)
-    batch, nhead, length, head_dim = attended.shape
+    if len(shape) == 3:
+        return rows.view(shape)
+    batch, nhead, length, head_dim = shape
     if o.batch_first:
         return rows.view(batch, length, nhead, head_dim).transpose(1, 2)
     return rows.view(length, batch, nhead, head_dim).permute(1, 2, 0, 3)

@@ -20,7 +20,7 @@ from ..ffn.backward import ffn_backward
 from ..rotary.eager import Options as RotaryOptions
 from ..rotary.eager import Tensors as RotaryTensors
 from ..rotary.forward import rotate
-from .arguments import Options, Tensors, as_heads, as_rows, attention_options, views
+from .arguments import Options, Tensors, as_heads, attention_options, views
 from .neighbours import stacked
 from .products import Projections, all_three, norm_options, operands
 
@@ -51,7 +51,7 @@ def layer_backward(
     need_weight1, need_bias1 = need.weight1 or need.up_weight, need.bias1 or need.up_bias
     ffn_needs = (True, need_weight1, need_bias1, need.weight2, need.bias2 and o.norm_first)
     ffn_gradients = plan.once(lambda g, s, jobs, add: ffn_backward(g, s, ffn_options, ffn_needs, add is not None))
-    project, packed = Projections(like, half is not None), len(first_grad.shape) == 2
+    project, packed = Projections(like), len(first_grad.shape) == 2
     need_qkv, need_qkv_biases = ([bool(n) for n in of[: len(project.widths)]] for of in all_three(need))
     below_norm1 = o.norm_first and (need.norm1_weight or need.norm1_bias)
     needs_src = need.src or need.src_half
@@ -75,10 +75,13 @@ def layer_backward(
             normed, qkv, attended, statistics, sum1, statistics1, between, hidden, activated, sum2, statistics2, *kept,
         ) = saved[_FIELDS:]  # fmt: skip
         if half is None:
-            w, _, out_weight, first, _, second, _ = operands(t, o, project.one)
+            w, _, out_weight, first, _, second, _ = operands(t, o)
         else:
             w, (out_weight, first, second) = kept[:3] if kept[1] is not None else kept[:1], kept[3:]
         shape = (dout_half if dout is None else dout).shape
+        x = None if t.src is None else t.src.reshape(-1, width)
+        if normed is None:
+            normed = x if half is None else t.src_half.reshape(-1, width)  # type: ignore[union-attr]
         jobs: list[Any] = []
         do, do_half = (None if d is None else d.reshape(-1, width) for d in (dout, dout_half))
         bias1 = stacked((t.bias1, t.up_bias)) if t.up_bias is not None else t.bias1
@@ -108,7 +111,7 @@ def layer_backward(
         dbias: Any = None
         dqkv_weights = dqkv_biases = [None] * 3
         if need.out_proj_weight:
-            dout_weight = torch.mm(dprojected.t(), as_rows(attended, o)).to(parameter)
+            dout_weight = torch.mm(dprojected.t(), attended).to(parameter)
         if needs_attention:
             query, key, value = views(qkv, shape, o)
             inputs = AttentionTensors(
@@ -116,7 +119,7 @@ def layer_backward(
                 seed=t.attention_seed,
             )  # fmt: skip
             length = max_seqlen if packed else query.shape[2]
-            dattended = as_heads(torch.mm(dprojected, out_weight), attended, o)
+            dattended, attended = (as_heads(of, query.shape, o) for of in (torch.mm(dprojected, out_weight), attended))
             dqkv = torch.empty_like(qkv)
             if bias_sums:
                 dbias = qkv.new_empty(qkv.shape[1], dtype=parameter)
@@ -133,7 +136,7 @@ def layer_backward(
             dqkv_weights = project.of_weights(dqkv, normed, need_qkv, parameter)
             if o.norm_first and needs_normed and not o.no_norm1:
                 dnormed = project.of_input(dqkv, w, None)
-                of_norm = NormSaved(sum1, None, t.norm1_weight, t.norm1_bias, None, statistics1, None)
+                of_norm = NormSaved(x, None, t.norm1_weight, t.norm1_bias, None, statistics1, None)
                 dsrc, _, dnorm1_weight, dnorm1_bias, _ = norm1_backward((dnormed, dsum1), of_norm, jobs)
             elif half is None and need.src:
                 dsrc = project.of_input(dqkv, w, dsum1)

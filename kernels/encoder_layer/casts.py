@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.backend import autocast_enabled
 from .neighbours import stacked
 
 
@@ -53,7 +54,9 @@ def cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
     if all(t is not None and t.dtype == dtype for t in tensors):
         return stacked(tensors)
     there: Any = tensors
-    if any(t.is_inference() for t in there):  # nobody counts the changes of those
+    # In an operator no autocast is in force, and its results must have memory of their own. Changes of inference
+    # tensors are not counted.
+    if not autocast_enabled(first) or any(t.is_inference() for t in there):
         return stacked(tensors).to(dtype)  # type: ignore[union-attr]
     casts = _region(first).casts
     key = (*map(id, tensors), dtype)

@@ -23,9 +23,9 @@ from .products import Projections, norm_options, operands
 def layer_forward(like: Tensors, o: Options, sizes: tuple[int, ...], needs: tuple[bool, ...]) -> Callable[..., Any]:
 
     dtype, width, save, half = like.src.dtype, like.src.shape[-1], len(needs) > 0, o.half
-    keep = (True,) * 5 if save else ()
+    keep, norms1 = (True,) * 5 if save else (), o.norm_first and not o.no_norm1
     numbers = attention_options(like.cu_seqlens is not None, o)
-    project = Projections(like, half is not None)
+    project = Projections(like)
     norm1, norm2 = (
         plan.once(lambda *t, of=of: add_norm_forward(NormTensors(*t), of, keep)) for of in norm_options(o, dtype)
     )
@@ -42,12 +42,12 @@ def layer_forward(like: Tensors, o: Options, sizes: tuple[int, ...], needs: tupl
         src, cu_seqlens = t.src, t.cu_seqlens
         shape = src.shape
         x = src.reshape(-1, width)
-        w = operands(t, o, project.one)
-        normed, statistics1, out_half = x, None, None
-        if o.norm_first and not o.no_norm1:
+        w = operands(t, o)
+        given, statistics1, out_half = x if half is None else t.src_half, None, None
+        if norms1:
             normed, _, statistics1, _ = norm1(x, None, t.norm1_weight, t.norm1_bias, None, None)
-        elif half is not None:
-            normed = x.to(half) if t.src_half is None else t.src_half.reshape(-1, width)
+        else:
+            normed = x.to(half) if given is None else given.reshape(-1, width)
         qkv = project.forward(normed, w.qkv, w.qkv_biases)
         query, key, value = views(qkv, shape, o)
         if t.cos is not None:
@@ -58,13 +58,14 @@ def layer_forward(like: Tensors, o: Options, sizes: tuple[int, ...], needs: tupl
             t.attention_seed, length, length,
         )  # fmt: skip
         # The projection's bias is added in the norm's kernel, whose backward pass sums its gradient.
-        projected = F.linear(as_rows(attended, o), w.out)
+        rows = as_rows(attended, o)
+        projected = F.linear(rows, w.out)
         if o.norm_first:
             between, sum2, statistics2, _ = norm2(
                 projected, x, t.norm2_weight, t.norm2_bias, t.out_proj_bias, t.projection_seed
             )
             activated, hidden = act(between, w.first, w.first_bias, t.hidden_seed)
-            out, sum1 = output(activated, w.second, w.second_bias, sum2, t.output_seed), x
+            out, sum1 = output(activated, w.second, w.second_bias, sum2, t.output_seed), None
         else:
             after1, sum1, statistics1, copy = norm1(
                 projected, x, t.norm1_weight, t.norm1_bias, t.out_proj_bias, t.projection_seed
@@ -73,11 +74,13 @@ def layer_forward(like: Tensors, o: Options, sizes: tuple[int, ...], needs: tupl
             activated, hidden = act(between, w.first, w.first_bias, t.hidden_seed)
             out2 = F.linear(activated, w.second)
             out, sum2, statistics2, out_half = norm2(out2, after1, t.norm2_weight, t.norm2_bias, t.bias2, t.output_seed)
+        outputs = with_rows_of(src, out), None if out_half is None else with_rows_of(src, out_half)
+        if not save:
+            return outputs
         kept = (None,) * 6 if half is None else (*w.qkv, *[None] * (3 - len(w.qkv)), w.out, w.first, w.second)
         return (
-            with_rows_of(src, out), None if out_half is None else with_rows_of(src, out_half), normed, qkv, attended,
-            statistics, sum1, statistics1, between, hidden, None if o.recompute else activated, sum2, statistics2,
-            *kept,
+            *outputs, normed if norms1 or given is None else None, qkv, rows, statistics, sum1, statistics1, between,
+            hidden, None if o.recompute else activated, sum2, statistics2, *kept,
         )  # fmt: skip
 
     return run

@@ -3,6 +3,8 @@ launch."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from ..add_norm.op import NORMS
 from ..attention.arguments import UNITS
+from ..attention.arguments import Tensors as AttentionTensors
 from ..attention.eager import require_starts
 from ..attention.op import ATTENTION, check_starts, of_mask
 from ..common import backend, checks, compat, plan
@@ -18,8 +21,9 @@ from ..common.operator import Operation, Prepare, autocast_dtype
 from ..ffn.eager import ACTIVATIONS
 from ..rotary.op import ROTARY, of_tables
 from . import parts
-from .arguments import LayerWeights, Options, Tensors
+from .arguments import LayerWeights, Options, Tensors, attention_options, views
 from .neighbours import find
+from .products import casts_of_qkv
 
 _WEIGHTS = len(LayerWeights._fields)
 _FIELDS = len(Tensors._fields)
@@ -177,12 +181,12 @@ def check_weights(
 
 def _instead(t: Tensors, o: Options, autocast: bool) -> Callable[..., tuple[Tensor, None]] | None:
     """The layer part by part, where it is no call of kernels."""
-    whole = isinstance(o.activation, str) and t.src.numel() > 0 and not torch.compiler.is_compiling()
-    whole = whole and t.post_norm1_weight is None
+    whole = isinstance(o.activation, str) and t.src.numel() > 0 and t.post_norm1_weight is None
     if autocast:
         float32 = all(w is None or w.dtype is torch.float32 for w in (t.src, *t[1:_MASK]))
         whole = whole and float32 and o.half in checks.HALF
-    return None if whole and backend.use_triton(t.src) else by_parts(o)
+    kernels = backend.would_use_triton if torch.compiler.is_compiling() else backend.use_triton
+    return None if whole and kernels(t.src) else by_parts(o)
 
 
 def by_parts(o: Options) -> Callable[..., tuple[Tensor, None]]:
@@ -227,7 +231,8 @@ def _forward(tensors: Tensors, options: Options, sizes: Any, needs: tuple[bool, 
 
 
 def _keep(tensors: Sequence[Any], results: Sequence[Any], options: Options) -> tuple[Any, ...]:
-    return (None, *tensors[1:], *results[2:])  # of the source, what is needed is among the results
+    needs_source = (options.norm_first and not options.no_norm1) or options.half is None  # else its copy is enough
+    return (tensors[0] if needs_source else None, *tensors[1:], *results[2:])
 
 
 def _backward(grads: Any, saved: Any, options: Options, sizes: Any, needs: Sequence[bool]) -> Callable[..., Any]:
@@ -236,9 +241,51 @@ def _backward(grads: Any, saved: Any, options: Options, sizes: Any, needs: Seque
     return layer_backward(grads, saved, options, sizes, needs)
 
 
+def _eager(t: Tensors, o: Options, *sizes: int) -> tuple[Tensor, Tensor | None]:
+    """Of the operator where no kernels run. The parts draw keys of their own, the same if those of the call are."""
+    keys = [key for key in t[-len(_DROPOUTS) :] if key is not None]
+    with contextlib.ExitStack() as around:
+        if keys:
+            around.enter_context(torch.random.fork_rng([t.src.device] if t.src.is_cuda else []))
+            torch.manual_seed(int(sum(keys)))  # type: ignore[arg-type]
+        if o.half is not None:
+            around.enter_context(torch.autocast(t.src.device.type, o.half))
+        out, _ = by_parts(o)(*t, *sizes)
+    return out, None if o.half is None or o.norm_first else out.to(o.half)
+
+
+def _fake(t: Tensors, o: Options, sizes: Any, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    src, rows, dtype = t.src, math.prod(t.src.shape[:-1]), o.half or t.src.dtype
+
+    def empty(columns: int, dtype: torch.dtype = dtype) -> Tensor:
+        return src.new_empty((rows, columns), dtype=dtype)
+
+    outputs = src.new_empty(src.shape), src.new_empty(src.shape, dtype=dtype) if o.half and not o.norm_first else None
+    if not needs:
+        return outputs
+    width, norms1, inner = src.shape[-1], o.norm_first and not o.no_norm1, o.nhead * o.head_dim
+    qkv = empty((o.nhead + 2 * o.kv_nhead) * o.head_dim)
+    query, key, value = views(qkv, src.shape, o)
+    attention = AttentionTensors(query, key, value, t.attn_mask, t.relative_bias, seqlens_q=t.cu_seqlens)
+    *_, statistics = ATTENTION.fake(attention, attention_options(t.cu_seqlens is not None, o), sizes, (True,))  # type: ignore[misc]
+    first = t.weight1.shape[0] + (0 if t.up_weight is None else t.up_weight.shape[0])
+    hidden = t.weight2.shape[1]
+    of_norm1, of_norm2 = (src.new_empty(rows if o.rms else 2 * rows, dtype=torch.float32) for _ in range(2))
+    kept: list[Tensor | None] = [None] * 6
+    if o.half is not None:
+        groups, _ = casts_of_qkv(t)
+        shapes = [(sum(weight.shape[0] for weight in group), width) for group in groups]
+        kept[: len(shapes)] = [src.new_empty(shape, dtype=dtype) for shape in shapes]
+        kept[3:] = [src.new_empty(shape, dtype=dtype) for shape in ((width, inner), (first, width), (width, hidden))]
+    return (
+        *outputs, empty(width) if norms1 or (o.half is not None and t.src_half is None) else None, qkv, empty(inner),
+        statistics, None if o.norm_first else empty(width, src.dtype), None if o.no_norm1 else of_norm1, empty(width),
+        empty(first), None if o.recompute else empty(hidden), empty(width, src.dtype), of_norm2, *kept,
+    )  # fmt: skip
+
+
 ENCODER_LAYER = Operation(
     "encoder_layer", Tensors, Options, differentiable=_DIFFERENTIABLE, outputs=_OUTPUTS, results=_RESULTS,
-    signature=_signature, check=_check, eager=lambda t, o, *sizes: by_parts(o)(*t, *sizes), forward=_forward,
-    keep=_keep, backward=_backward, sizes=("max_seqlen", "batch_second"), dropouts=_DROPOUTS, instead=_instead,
-    contiguous=_VECTORS,
+    signature=_signature, check=_check, eager=_eager, forward=_forward, keep=_keep, backward=_backward, fake=_fake,
+    sizes=("max_seqlen", "batch_second"), dropouts=_DROPOUTS, instead=_instead, contiguous=_VECTORS,
 )  # fmt: skip

@@ -1,5 +1,5 @@
-"""The layer part by part, on this library's functions: what it means, and the path of the CPU, of torch.compile, and of
-linear layers and activations that are modules."""
+"""The layer part by part, on this library's functions: what it means, and the path of the CPU, and of linear layers and
+activations that are modules."""
 
 from __future__ import annotations
 

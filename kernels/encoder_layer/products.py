@@ -32,15 +32,12 @@ def norm_options(o: Options, dtype: torch.dtype) -> tuple[NormOptions, NormOptio
 class Projections:
     """Products of the same rows with several weights, side by side in one matrix: query, key and value."""
 
-    def __init__(self, t: Tensors, half: bool) -> None:
-        weights, biases = of_qkv(t)
-        self.widths = [weight.shape[0] for weight in weights]
-        self.one = len(weights) == 1 or (half and len({bias is None for bias in biases}) == 1)
-        self.one = self.one or (not half and find(weights)[0] and find(biases)[0])
+    def __init__(self, t: Tensors) -> None:
+        self.widths = [weight.shape[0] for weight in of_qkv(t)[0]]
 
     def forward(self, x: Tensor, weights: Sequence[Any], biases: Sequence[Any]) -> Tensor:
         """``[T, widths of all]``"""
-        if self.one:
+        if len(weights) == 1:
             return F.linear(x, weights[0], biases[0])
         out = x.new_empty((x.shape[0], sum(self.widths)))
         for weight, bias, part in zip(weights, biases, out.split(self.widths, 1), strict=True):
@@ -59,7 +56,7 @@ class Projections:
 
     def of_weights(self, dout: Tensor, x: Tensor, needs: Sequence[bool], dtype: torch.dtype) -> list[Tensor | None]:
         """Those of the weights, at their places."""
-        if self.one and any(needs):
+        if all(needs):
             gradients: Sequence[Any] = torch.unsafe_split_with_sizes(torch.mm(dout.t(), x).to(dtype), self.widths)
         else:
             parts = zip(dout.split(self.widths, 1), needs, strict=True)
@@ -90,7 +87,7 @@ class Operands(NamedTuple):
     second_bias: Any
 
 
-def operands(t: Tensors, o: Options, one: bool) -> Operands:
+def operands(t: Tensors, o: Options) -> Operands:
     """Of a call; under autocast in its dtype."""
     qkv, biases = of_qkv(t)
     first, first_bias = ((t.weight1, t.up_weight), (t.bias1, t.up_bias)) if t.up_weight is not None else (
@@ -98,18 +95,25 @@ def operands(t: Tensors, o: Options, one: bool) -> Operands:
     )  # fmt: skip
     if o.half is None:
         (joined, weight), (joined_biases, bias) = find(qkv), find(biases)
-        if one and joined and joined_biases:  # hooks may have restored copies
+        if joined and joined_biases:
             qkv, biases = (weight,), (bias,)
         out, second, second_bias = t.out_proj_weight, t.weight2, t.bias2
         return Operands(qkv, biases, out, stacked(first), stacked(first_bias), second, second_bias)
-    qkv, biases = (
-        (cast(of, o.half),) if one else tuple([cast((each,), o.half) for each in of]) for of in (qkv, biases)
-    )
+    groups, groups_of_biases = casts_of_qkv(t)
+    qkv, biases = (tuple([cast(group, o.half) for group in of]) for of in (groups, groups_of_biases))
     # After attention and of a post-norm layer after the feed-forward, the norm's kernel adds the bias.
     second_bias = cast((t.bias2,), o.half) if o.norm_first else None
     casts: Any = (cast((each,), o.half) for each in (t.out_proj_weight, t.weight2))
     out, second = casts
     return Operands(qkv, biases, out, cast(first, o.half), cast(first_bias, o.half), second, second_bias)
+
+
+def casts_of_qkv(t: Any) -> tuple[Any, Any]:
+    """Which weights of query, key and value, and which biases, are cast into one: all, if all or none have a bias."""
+    weights, biases = of_qkv(t)
+    if len({bias is None for bias in biases}) == 1:
+        return (weights,), (biases,)
+    return tuple((weight,) for weight in weights), tuple((bias,) for bias in biases)
 
 
 def of_qkv(t: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

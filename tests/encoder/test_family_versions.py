@@ -165,8 +165,9 @@ def test_the_order_of_arguments_is_that_of_the_stock_forward(monkeypatch, by_pos
     expected = layer(x, attention_mask=mask, encoder_hidden_states=source)
     monkeypatch.setattr(module, "BartDecoderLayer", Reordered)
     monkeypatch.setattr(layers, "FusedReordered", None, raising=False)
-    adapter = bart.DecoderAdapter({"self_attn": module.BartAttention, "encoder_attn": module.BartAttention})
-    layer.__class__ = stock.Stock("bart", "Bart").fused(layers.FusedLayer, "DecoderLayer", {}, adapter=adapter)
+    of_bart = stock.Stock("bart", "Bart")
+    adapter = bart.DecoderAdapter(of_bart, bart._DECODER_LAYER)
+    layer.__class__ = of_bart.fused(layers.FusedLayer, "DecoderLayer", {}, adapter=adapter)
     calls, kernel = [], fusenc.kernels.decoder_layer
     monkeypatch.setattr(fusenc.kernels, "decoder_layer", lambda *a, **k: calls.append(0) or kernel(*a, **k))
     for more in ({}, {"output_attentions": True}):  # the second is not served

@@ -143,6 +143,28 @@ def test_each_dropout_is_applied(name):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.variant])
+def test_a_dropout_follows_the_mode_of_the_module_that_reads_its_rate(name):
+    """Of a model in evaluation, one module of a layer at a time trains: the results vary if they vary unfused."""
+    from fusenc.huggingface.layers import FusedLayer
+
+    model = small_model(name, dropout=0.5).eval()
+    inputs = batch("dense", model=model)
+    fuse(name, model)
+    layers = {type(module): module for module in model.modules() if isinstance(module, FusedLayer)}
+    modules = [module for layer in layers.values() for module in layer.modules()]
+    varies = []
+    for fused in (True, False):
+        if not fused:
+            fusenc.unfuse(model)
+        for module in modules:
+            module.training = True
+            with torch.no_grad():
+                varies.append(not torch.equal(*(model(**inputs).last_hidden_state for _ in range(2))))
+            module.training = False
+    assert any(varies) and varies[: len(modules)] == varies[len(modules) :]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ten_steps_give_the_same_losses(name):
     curves = []
