@@ -139,8 +139,10 @@ class PaddingFree(nn.Module):
         if attention_mask is not None and not isinstance(attention_mask, Tensor):
             return None
         tokens = self._padding(inputs, attention_mask, given)
-        if tokens is not None:
-            return None, self._call(PaddedPacking(tokens) if tokens.hidden else None, inputs, given)
+        if tokens is not None and tokens.hidden:
+            return None, self._call(PaddedPacking(tokens), inputs, given)
+        if tokens is not None and attention_mask is not None and attention_mask.dim() == 2:  # more may be causal
+            attention_mask = None
         return attention_mask, self._call(None, inputs, given)
 
     def _call(self, packing: PaddedPacking | None, inputs: Tensor, given: dict[str, Any]) -> Call:

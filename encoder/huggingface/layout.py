@@ -60,8 +60,9 @@ class Layout:
         eps = "eps" if norm == "layer" else "variance_epsilon"
         paths |= {f"eps{name[-1]}": f"{paths[name]}.{eps}" for name in _NORMS if name in paths}
         self.attention, self.paths = attention, paths
-        gated, no_norm1 = gated or "up" in paths, "norm1" not in paths
-        self._fixed = {"norm_first": norm_first, "no_norm1": no_norm1, "norm": norm, "gated": gated}
+        self._fixed = {"norm_first": norm_first, "norm": norm, "gated": gated or "up" in paths}
+        if "norm1" not in paths:
+            self._fixed["no_norm1"] = True
         options = ((name, _names(paths[name])) for name in _OPTIONS if name in paths)
         self._options = [(name, names[:-1], names[-1], name in _RATES) for name, names in options]
         weights = (name for name in (*_LINEARS, *_NORMS) if name in paths)
