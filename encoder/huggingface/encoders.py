@@ -158,7 +158,7 @@ class PaddingFree(nn.Module):
         if found is None:
             return None
         keep, *conditions = found
-        known = None if self.by_distance else counted(attention_mask)
+        known = None if self.by_distance else counted(attention_mask, bool(given.get("is_causal")))
         if self.by_distance:
             conditions.append((keep[:, 0] + (keep[:, 1:] & ~keep[:, :-1]).sum(1) <= 1).all())
         layers = list(self.layers_of(self))

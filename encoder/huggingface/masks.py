@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+)
 
 from ..padding import RealTokens, may_remove
 
@@ -23,10 +27,10 @@ def count_for(config: Any) -> None:
         _configs[id(config)] = config
 
 
-def counted(mask: Tensor) -> RealTokens | None:
-    """The tokens that a mask of `sdpa_mask` calls real, if it has counted them."""
-    tokens, version = getattr(mask, "_fusenc_tokens", (None, None))
-    return tokens if tokens is None or version == _version(mask) else None
+def counted(mask: Tensor, is_causal: bool) -> RealTokens | None:
+    """The tokens that a mask of `sdpa_mask` calls real, if it has counted them and is causal or not, as asked."""
+    tokens, causal, version = getattr(mask, "_fusenc_tokens", (None, None, None))
+    return tokens if tokens is not None and causal is is_causal and version == mask._version else None
 
 
 def sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -34,20 +38,20 @@ def sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     keep, config = kwargs.get("attention_mask"), kwargs.get("config")
     if torch.compiler.is_compiling() or keep is None or config is None or _configs.get(id(config)) is not config:
         return _stock(*args, **kwargs)  # type: ignore[no-any-return]
+    causal = kwargs.get("mask_function") is causal_mask_function
     skips = [name for name in ("allow_is_causal_skip", "allow_is_bidirectional_skip") if kwargs.get(name)]
+    known = skips and (causal or kwargs.get("mask_function") is bidirectional_mask_function)
     square = kwargs.get("q_length") == kwargs.get("kv_length") and keep.shape[1:] == (kwargs.get("kv_length"),)
-    if not (skips and square and keep.is_cuda and kwargs.get("local_size") is None and may_remove("remove", keep)):
+    if not (known and square and keep.is_cuda and kwargs.get("local_size") is None and may_remove("remove", keep)):
         return _stock(*args, **kwargs)  # type: ignore[no-any-return]
     tokens: Any = RealTokens.read(keep.bool())
     if not tokens.hidden:
         return _stock(*args, **{**kwargs, "attention_mask": None})  # type: ignore[no-any-return]
-    mask: Any = _stock(*args, **{**kwargs, **dict.fromkeys(skips, False)})
-    mask._fusenc_tokens = tokens, _version(mask)
+    with torch.inference_mode(False):  # else nobody counts its changes
+        mask: Any = _stock(*args, **{**kwargs, **dict.fromkeys(skips, False)})
+    if not mask.is_inference():
+        mask._fusenc_tokens = tokens, causal, mask._version
     return mask  # type: ignore[no-any-return]
-
-
-def _version(mask: Tensor) -> int:
-    return 0 if mask.is_inference() else mask._version  # nobody counts the changes of those
 
 
 AttentionMaskInterface.register("sdpa", sdpa_mask)

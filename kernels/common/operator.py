@@ -294,7 +294,10 @@ class Operation:
         numbers, sizes = self._split_backward(given)
         first, wanted = next(g for g in (*grads, *saved) if g is not None), tuple(needs)
         with _without_autocast(first):
-            if backend.use_triton(first):
+            kernels = backend.use_triton(first)
+            if kernels == (len(saved) == self._fields):  # what eager PyTorch keeps
+                raise RuntimeError("the backend was changed between the forward and the backward pass of compiled code")
+            if kernels:
                 tensors = plan.of_parameters((*grads, *saved))
                 key = (tensors, numbers, sizes, wanted, compat.tf32_allowed(), plan.switches)
                 made = self._raw_backwards.get(

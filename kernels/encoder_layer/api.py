@@ -133,8 +133,8 @@ def encoder_layer(
 
 def _copy_of(src: Tensor) -> Tensor | None:
     """The copy in autocast's dtype that the layer before left with its output, which nobody has changed since."""
-    found = getattr(src, "_fusenc_copy", None)
-    if found is None or found[1] != src._version or torch.compiler.is_compiling():
+    found = None if torch.compiler.is_compiling() else getattr(src, "_fusenc_copy", None)
+    if found is None or found[1] != src._version:
         return None
     copy: Tensor = found[0]
     return copy if autocast_dtype(src) is copy.dtype else None

@@ -81,7 +81,8 @@ def decoder_layer(
         across_eps, across_dropout_p,
     )  # fmt: skip
     tensors = (src, *weights, memory, *across, attn_mask, memory_mask)
-    return _DECODER_LAYER(tensors, options, (modules, across_modules, int(not batch_first)))  # type: ignore[arg-type]
+    sizes: Any = modules or NONE, across_modules or NONE, int(not batch_first)
+    return _DECODER_LAYER(tensors, options, sizes)  # type: ignore[no-any-return]
 
 
 class _Options(NamedTuple):
@@ -119,6 +120,8 @@ def _check(tensors: Any, options: Any, sizes: Any, autocast: bool) -> tuple[Prep
         checks.dropout_probability(p, name)
     _, o = op.checked((src, *weights, attn_mask, *_NO_OTHERS), tuple(given), 0)
     checks.floating_tensor("memory", memory)
+    if memory.device != src.device:
+        checks.fail_value("memory", f"device {src.device}, that of src", memory)
     if not autocast:
         checks.same_kind("memory", memory, "src", src)
     batch = 0 if o.batch_first else 1

@@ -3,7 +3,6 @@ launch."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from ..attention.arguments import UNITS
 from ..attention.arguments import Tensors as AttentionTensors
 from ..attention.eager import require_starts
 from ..attention.op import ATTENTION, check_starts, of_mask
-from ..common import backend, checks, compat, plan
+from ..common import backend, checks, compat, dropout, plan
 from ..common.operator import Operation, Prepare, autocast_dtype
 from ..ffn.eager import ACTIVATIONS
 from ..rotary.op import ROTARY, of_tables
@@ -242,14 +241,9 @@ def _backward(grads: Any, saved: Any, options: Options, sizes: Any, needs: Seque
 
 
 def _eager(t: Tensors, o: Options, *sizes: int) -> tuple[Tensor, Tensor | None]:
-    """Of the operator where no kernels run. The parts draw keys of their own, the same if those of the call are."""
+    """Of the operator where no kernels run. The parts take the keys in the order of the fields."""
     keys = [key for key in t[-len(_DROPOUTS) :] if key is not None]
-    with contextlib.ExitStack() as around:
-        if keys:
-            around.enter_context(torch.random.fork_rng([t.src.device] if t.src.is_cuda else []))
-            torch.manual_seed(int(sum(keys)))  # type: ignore[arg-type]
-        if o.half is not None:
-            around.enter_context(torch.autocast(t.src.device.type, o.half))
+    with dropout.given(keys), torch.autocast(t.src.device.type, o.half, enabled=o.half is not None):
         out, _ = by_parts(o)(*t, *sizes)
     return out, None if o.half is None or o.norm_first else out.to(o.half)
 

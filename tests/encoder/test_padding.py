@@ -23,6 +23,7 @@ from tolerances import SAME_ALGORITHM
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 PADDED = [name for name, family in FAMILIES.items() if not family.variant and family.encoder]
 """Families whose inputs have padding."""
@@ -269,6 +270,25 @@ def test_a_gpu_is_waited_for_once_a_call(name, device, backend):
             once = (name != "torch" or not kept) + (name == "bart")
             assert len(found) <= len(without_mask) + once, (setting, found)
         assert len(waits_of(model, **inputs)) <= len(without_mask)
+
+
+@pytest.mark.kernel
+def test_a_mask_that_was_counted_and_is_another_now(device):
+    """A causal one, and one that was changed after it was made."""
+    model = small_model("bert", implementation="sdpa").to(device).eval()
+    stock = copy.deepcopy(model)
+    fusenc.fuse(model)
+    ids, keep = torch.randint(2, 100, (2, 6), device=device), rows_of([6, 4], 6, device)
+    model(input_ids=ids, attention_mask=keep)
+    for make in (create_causal_mask, create_bidirectional_mask):
+        with torch.inference_mode():
+            x = stock.embeddings(ids)
+            mask = make(config=model.config, inputs_embeds=x, attention_mask=keep, past_key_values=None)
+            if make is create_bidirectional_mask:
+                mask[..., 2] = False
+            got, expected = (of.encoder(x, attention_mask=mask).last_hidden_state[keep] for of in (model, stock))
+        read = (torch.arange(6, device=device) != 2).expand(2, 6)[keep]  # the others may be padding
+        torch.testing.assert_close(got[read], expected[read], rtol=0, atol=1e-5)
 
 
 @pytest.mark.kernel

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 
+import fusenc
 import pytest
 import torch
 from contract import assert_same
-from fusenc.kernels import encoder_layer
+from fusenc.kernels import encoder_layer, use_backend
 from fusenc.kernels.encoder_layer import op
 from layers import HEADS, gated, separate, tensors
 from tolerances import AUTOCAST, SAME_ALGORITHM
@@ -72,8 +73,9 @@ def test_compiled(case, backend):
     assert_same(*found, tolerance)
 
 
-def test_opcheck(case):
-    src, weights, options, around = case
+def arguments(src, weights, options, around):
+    """Of the operator."""
+    options = dict(options)
     in_order = {
         "batch_first": True, "norm_first": False, "norm": "layer", "activation": "gelu", "gated": False, "eps1": 1e-5,
         "eps2": 1e-5, "scale": None, "is_causal": False, "window": None, "softcap": None, "no_norm1": False,
@@ -86,6 +88,29 @@ def test_opcheck(case):
         found, numbers = op.checked(given, (HEADS, *{**in_order, **options}.values()), longest)
     keys = [torch.tensor([i], device=src.device) if options.get("dropout_p") else None for i in range(4)]
     needs = [t is not None and t.requires_grad for t in found[: op.ENCODER_LAYER.differentiable]]
-    torch.library.opcheck(
-        op.ENCODER_LAYER.operator, (*found[:-4], *keys, *numbers, longest, not numbers.batch_first, needs)
-    )
+    return *found[:-4], *keys, *numbers, longest, not numbers.batch_first, needs
+
+
+def test_opcheck(case):
+    torch.library.opcheck(op.ENCODER_LAYER.operator, arguments(*case))
+
+
+def test_on_another_backend(case, backend):
+    """The same dropout, and a backward pass that does not read what the other backend has kept."""
+    given = arguments(*case)
+    out, *_ = op.ENCODER_LAYER.operator(*given)
+    with use_backend("eager"):
+        eager, *_ = op.ENCODER_LAYER.operator(*given)
+        tolerance = AUTOCAST if case[3].__class__ is torch.autocast else SAME_ALGORITHM
+        assert_same([out, out], [eager, eager], tolerance)
+        if backend != "eager":
+            with pytest.raises(RuntimeError, match="backend was changed"):
+                out.sum().backward()
+
+
+def test_compiled_after_a_layer_that_is_not():
+    layers = [fusenc.TransformerEncoderLayer(24, 3, 20, batch_first=True, dropout=0.0) for _ in range(2)]
+    compiled, x = torch.compile(layers[1], fullgraph=True, backend="aot_eager"), torch.randn(2, 5, 24)
+    with torch.autocast("cpu", torch.bfloat16):  # the first one leaves a copy of its output
+        first = layers[0](x)
+        assert_same([compiled(first)] * 2, [layers[1](first)] * 2, AUTOCAST)
