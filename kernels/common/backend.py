@@ -20,15 +20,12 @@ KERNEL_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so a later change could not take effect.
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Not on macOS and Windows."""
+
 _forced = "auto"
 last: str | None = None
 """What ran the last call."""
-
-
-@functools.cache
-def triton_available() -> bool:
-    """True where the ``triton`` package can be imported (Linux; not macOS or Windows)."""
-    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -82,15 +79,20 @@ def _kernels_can_run(x: Tensor) -> bool:
             )
         if x.dtype not in KERNEL_DTYPES:
             raise TypeError(f"backend 'triton' is forced, but its kernels do not take {x.dtype}")
-        compat.require_supported_triton()
+        _require_supported_triton()
         return True
     if x.dtype not in KERNEL_DTYPES:
         return False
-    if not triton_available():
+    if not _HAS_TRITON:
         _warn_no_triton()
         return False
-    compat.require_supported_triton()
+    _require_supported_triton()
     return True
+
+
+def _require_supported_triton() -> None:
+    if not torch.compiler.is_compiling():  # an operator asks again when it runs
+        compat.require_supported_triton()
 
 
 def get_backend() -> str:
