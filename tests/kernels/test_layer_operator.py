@@ -24,11 +24,15 @@ CASES = {
 }
 
 
-@pytest.fixture(params=list(CASES))
-def case(request, device):
-    """Source, weights, a function of them and whether it runs under autocast."""
+@pytest.fixture(autouse=True)
+def _compiles(request):
     if request.config.getoption("--device") == "ttsem":
         pytest.skip("its tensors are on a GPU that fake tensors know to be none")
+
+
+@pytest.fixture(params=list(CASES))
+def case(request, device):
+    """Source, weights, options, and the autocast around the call."""
     name, options = request.param, dict(CASES[request.param])
     autocast = options.pop("autocast", False)
     src, weights = tensors((7, SHAPE[2]) if name == "packed" else SHAPE, 20, device)
@@ -108,9 +112,10 @@ def test_on_another_backend(case, backend):
                 out.sum().backward()
 
 
-def test_compiled_after_a_layer_that_is_not():
-    layers = [fusenc.TransformerEncoderLayer(24, 3, 20, batch_first=True, dropout=0.0) for _ in range(2)]
-    compiled, x = torch.compile(layers[1], fullgraph=True, backend="aot_eager"), torch.randn(2, 5, 24)
-    with torch.autocast("cpu", torch.bfloat16):  # the first one leaves a copy of its output
+def test_compiled_after_a_layer_that_is_not(device):
+    kind = fusenc.TransformerEncoderLayer
+    layers = [kind(24, 3, 20, batch_first=True, dropout=0.0, device=device) for _ in range(2)]
+    compiled, x = torch.compile(layers[1], fullgraph=True, backend="aot_eager"), torch.randn(2, 5, 24, device=device)
+    with torch.autocast(x.device.type, torch.bfloat16):  # the first one leaves a copy of its output
         first = layers[0](x)
         assert_same([compiled(first)] * 2, [layers[1](first)] * 2, AUTOCAST)
