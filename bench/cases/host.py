@@ -163,7 +163,7 @@ def _ours_decoder(src: Tensor, memory: Tensor, *weights: Tensor) -> Tensor:
 def _decoder(src: Tensor, memory: Tensor, *weights: Tensor) -> Tensor:
     x = src
     for in_weight, in_bias, out_weight, out_bias, norm, norm_bias in (weights[:6], weights[6:12]):
-        projected: Any = ()
+        projected: Any
         if x is src:
             projected = F.linear(x, in_weight, in_bias).chunk(3, -1)
         else:

@@ -295,7 +295,7 @@ class Operation:
         first, wanted = next(g for g in (*grads, *saved) if g is not None), tuple(needs)
         with _without_autocast(first):
             kernels = backend.use_triton(first)
-            if kernels == (len(saved) == self._fields):  # what eager PyTorch keeps
+            if kernels == (len(saved) == self._fields):  # eager PyTorch keeps just the arguments, kernels never do
                 raise RuntimeError("the backend was changed between the forward and the backward pass of compiled code")
             if kernels:
                 tensors = plan.of_parameters((*grads, *saved))
@@ -306,10 +306,11 @@ class Operation:
                 results = made.call(grads, saved, *sizes)
             else:
                 results = self._eager_gradients(grads, saved, numbers, sizes, needs)
-        found, forms = [t if need else None for t, need in zip(results, needs, strict=True)], _forms(like)
-        for i, (dtype, size) in enumerate(forms):
-            if needs[i] and found[i] is None:  # nothing depends on it
-                found[i] = first.new_zeros(size, dtype=dtype)
+        found, forms = [], _forms(like)
+        for t, need, (dtype, size) in zip(results, needs, forms, strict=True):
+            if need and t is None:  # nothing depends on it
+                t = first.new_zeros(size, dtype=dtype)
+            found.append(t if need else None)
         return list(_tensors_only(first, found, [dtype for dtype, _ in forms]))
 
     def _eager_gradients(
